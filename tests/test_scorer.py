@@ -1,0 +1,398 @@
+"""The score against the naive reference, its invariants, and what can't be scored."""
+
+import pickle
+import random
+import threading
+
+import pytest
+import torch
+from oracle import completion_logps, render, split_text
+from tiny import BRACKETS, answer, byte_tokenizer, chat, llama
+
+from trl_cdr import ConfigError, DensityRatioScorer, InputError, ModelError, Score
+
+WORDS = ["hello", " world", "\n", "  ", "é", "日本", " 🙂", "what is this", "\t", "12", ".", " the", "<think>", "</think>"]
+
+
+def make_scorer(strong, weak, tokenizer, **options):
+    return DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer, **options)
+
+
+def random_text(rng, longest):
+    return "".join(rng.choice(WORDS) for _ in range(rng.randint(1, longest)))
+
+
+def random_prompt(rng):
+    kind = rng.randrange(4)
+    if kind == 0:
+        return random_text(rng, 20)
+    turns = [random_text(rng, 12) for _ in range(rng.choice([1, 3]))]
+    if kind == 2:
+        return chat("system:" + random_text(rng, 5), *turns)
+    if kind == 3:
+        return [{"role": "user", "content": [{"type": "text", "text": part} for part in turns]}]
+    return chat(*turns)
+
+
+def plain(prompt):
+    """The prompt with lists of text parts joined, for the reference."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {**m, "content": m["content"] if isinstance(m["content"], str) else "".join(p["text"] for p in m["content"])}
+        for m in prompt
+    ]
+
+
+@pytest.mark.parametrize("pad", ["<|pad|>", "<|im_end|>"])
+def test_ids_path_equals_the_naive_reference(strong, weak, pad):
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = pad
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    rng = random.Random(f"ids {pad}")
+    prompts, completions, ids, expected = [], [], [], []
+    for _ in range(60):
+        prompt, finished = random_prompt(rng), rng.random() < 0.6
+        # ids that encoding the text again would not give: a policy may spell a word any way it likes
+        wrote = [t for word in random_text(rng, 15) for t in tokenizer(word, add_special_tokens=False).input_ids]
+        text = tokenizer.decode(wrote, skip_special_tokens=True)
+        wrote += [end] if finished else []
+        prompt_ids = tokenizer(render(tokenizer, plain(prompt)), add_special_tokens=False).input_ids
+        expected.append(
+            float(completion_logps(strong, prompt_ids, wrote).sum() - completion_logps(weak, prompt_ids, wrote).sum())
+        )
+        padding = [tokenizer.pad_token_id] * rng.randrange(6) if finished or pad == "<|pad|>" else []
+        prompts.append(prompt)
+        completions.append(text if rng.random() < 0.5 else answer(text))
+        ids.append(wrote + padding)
+    scores = make_scorer(strong, weak, tokenizer).score(prompts, completions, completion_ids=ids)
+    assert [score.error for score in scores] == [None] * len(scores)
+    torch.testing.assert_close([score.value for score in scores], expected, rtol=0, atol=1e-4)
+    assert {score.finished for score in scores} == {True, False}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_text_path_equals_the_naive_reference(strong, tokenizer, shared):
+    weak_tokenizer = tokenizer if shared else byte_tokenizer(290, template=BRACKETS, bos=True)
+    weak = llama(len(weak_tokenizer), seed=1)
+    rng = random.Random(f"text {shared}")
+    prompts = [random_prompt(rng) for _ in range(80)]
+    completions = [random_text(rng, 15) for _ in prompts]
+    finished = [rng.random() < 0.5 for _ in prompts]
+    expected = []
+    for prompt, completion, is_finished in zip(prompts, completions, finished, strict=True):
+        sums = []
+        for model, own in ((strong, tokenizer), (weak, weak_tokenizer)):
+            messages = plain(prompt)
+            if own.chat_template == BRACKETS and not isinstance(messages, str) and messages[0]["role"] == "system":
+                first = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+                messages = [{"role": "user", "content": first}, *messages[2:]]
+            prompt_ids, ids = split_text(own, render(own, messages), completion, own.eos_token if is_finished else "")
+            bos = [own.bos_token_id] if isinstance(prompt, str) and not shared and own is weak_tokenizer else []
+            sums.append(float(completion_logps(model, bos + prompt_ids, ids).sum()))
+        expected.append(sums[0] - sums[1])
+    scorer = DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=weak_tokenizer)
+    scores = scorer.score(prompts, completions, finished=finished)
+    assert [score.error for score in scores] == [None] * len(scores)
+    torch.testing.assert_close([score.value for score in scores], expected, rtol=0, atol=1e-4)
+    assert [score.finished for score in scores] == finished
+
+
+def test_the_random_rows_do_straddle(tokenizer):
+    """The text path is only tested where some tokens lie across the boundary."""
+    rendered = render(tokenizer, chat("hello"))
+    alone = tokenizer(rendered, add_special_tokens=False).input_ids
+    prompt_ids, ids = split_text(tokenizer, rendered, "\nhello", "")
+    assert len(prompt_ids) < len(alone)
+    assert tokenizer.decode(ids) == "\n\nhello"
+
+
+def rows(count=12):
+    rng = random.Random(7)
+    return [random_prompt(rng) for _ in range(count)], [random_text(rng, 12) for _ in range(count)]
+
+
+def values(scores):
+    assert all(score.error is None for score in scores)
+    return torch.tensor([score.value for score in scores], dtype=torch.float64)
+
+
+def test_swapping_strong_and_weak_negates(strong, weak, tokenizer):
+    there = values(make_scorer(strong, weak, tokenizer).score(*rows()))
+    back = values(make_scorer(weak, strong, tokenizer).score(*rows()))
+    assert there.abs().min() > 0.01
+    assert torch.equal(there, -back)
+
+
+def test_equal_models_give_exactly_zero(checkpoints, strong, tokenizer):
+    scorer = DensityRatioScorer(checkpoints["strong"], strong, weak_tokenizer=tokenizer)
+    assert values(scorer.score(*rows())).tolist() == [0.0] * 12
+
+
+def test_order_batch_and_budget_do_not_matter(strong, weak, tokenizer):
+    prompts, completions = rows(20)
+    together = values(make_scorer(strong, weak, tokenizer).score(prompts, completions))
+    order = random.Random(1).sample(range(20), 20)
+    shuffled = make_scorer(strong, weak, tokenizer).score(
+        [prompts[i] for i in order], [completions[i] for i in order]
+    )
+    torch.testing.assert_close(values(shuffled), together[order], rtol=0, atol=1e-4)
+    alone = make_scorer(strong, weak, tokenizer, token_budget=1).score(prompts, completions)
+    torch.testing.assert_close(values(alone), together, rtol=0, atol=1e-4)
+
+
+def test_repeated_calls_are_identical_and_leave_the_global_random_state(checkpoints):
+    scorer = DensityRatioScorer(checkpoints["strong"], checkpoints["weak"])
+    state = torch.random.get_rng_state()
+    first = values(scorer.score(*rows()))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(values(scorer.score(*rows())), first)
+
+
+def test_mean_divides_each_model_by_its_own_count(strong, tokenizer):
+    other = byte_tokenizer(290)
+    weak = llama(len(other), seed=1)
+    pair = {"strong_tokenizer": tokenizer, "weak_tokenizer": other}
+    [total] = DensityRatioScorer(strong, weak, **pair).score(["hello"], [" what is this"])
+    [mean] = DensityRatioScorer(strong, weak, reduction="mean", **pair).score(["hello"], [" what is this"])
+    counts = [len(t(" what is this", add_special_tokens=False).input_ids) + 1 for t in (tokenizer, other)]
+    assert counts[0] != counts[1]
+    assert mean.value == pytest.approx(total.strong_logps / counts[0] - total.weak_logps / counts[1])
+    assert (total.n_tokens, total.per_token) == (counts[0], None)
+
+
+def test_per_token_sums_to_the_value(strong, weak, tokenizer):
+    [score] = make_scorer(strong, weak, tokenizer).score([chat("hello")], ["what is this"])
+    assert score.per_token.shape == (score.n_tokens,)
+    assert float(score.per_token.double().sum()) == pytest.approx(score.value, abs=1e-4)
+    assert score.value == pytest.approx(score.strong_logps - score.weak_logps)
+
+
+def test_empty_completion(strong, weak, tokenizer):
+    end = tokenizer.eos_token_id
+    scorer = make_scorer(strong, weak, tokenizer)
+    done, cut = scorer.score([chat("hello")] * 2, ["", ""], finished=[True, False])
+    prompt_ids = tokenizer(render(tokenizer, chat("hello")), add_special_tokens=False).input_ids
+    expected = completion_logps(strong, prompt_ids, [end]) - completion_logps(weak, prompt_ids, [end])
+    assert done.value == pytest.approx(float(expected.sum()), abs=1e-4)
+    assert done.n_tokens == 1
+    assert cut.value is None
+    assert "was not finished" in cut.error
+    by_ids = scorer.score([chat("hello")] * 2, ["", ""], completion_ids=[[end, end, end], [tokenizer.pad_token_id] * 3])
+    assert [score.value for score in by_ids] == [pytest.approx(done.value, abs=1e-6), None]
+
+
+def test_long_prompt_is_cut_on_the_left_and_completion_kept(strong, tokenizer):
+    short = llama(len(tokenizer), seed=1, positions=32)
+    scorer = make_scorer(strong, short, tokenizer)
+    prompt, completion = "hello world " * 20, " what is this"
+    whole, cut_off = scorer.score(["hello", prompt], [completion] * 2)
+    assert (whole.truncated, cut_off.truncated) == (False, True)
+    completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    expected = completion_logps(strong, prompt_ids, completion_ids).sum()
+    expected -= completion_logps(short, prompt_ids[-(32 - len(completion_ids)) :], completion_ids).sum()
+    assert cut_off.value == pytest.approx(float(expected), abs=1e-4)
+    [too_long] = scorer.score(["hello"], ["é" * 40])
+    assert too_long.value is None
+    assert "at most 32 fit" in too_long.error
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "reason"),
+    [
+        ("hello", None, "completion is None"),
+        ("hello", 3, "completion is 3"),
+        (None, "x", "prompt is None"),
+        ([], "x", "empty conversation"),
+        ([{"role": "user", "content": None}], "x", "content of message 0 of the prompt is None"),
+        ([{"role": "user"}], "x", "content of message 0 of the prompt is None"),
+        ([{"content": "hello"}], "x", "message 0 of the prompt has the role None"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "x", "only text can be scored"),
+        (chat("hello"), [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], "content is None"),
+        (chat("hello"), [*answer("a"), *answer("b")], "has 2 messages"),
+        (chat("hello"), [], "has 0 messages"),
+        (chat("hello"), [{"role": "user", "content": "x"}], "has the role 'user'"),
+        ("", "x", "prompt is empty"),
+        (chat("<|im_end|>"), "\ufdd0", "U+FDD0"),
+    ],
+)
+def test_a_bad_row_has_a_reason_and_leaves_the_others_alone(strong, weak, tokenizer, prompt, completion, reason):
+    scorer = make_scorer(strong, weak, tokenizer)
+    before, bad, after = scorer.score(["hello", prompt, chat("hello")], ["a", completion, "b"])
+    assert bad.value is None
+    assert reason in bad.error
+    good = scorer.score(["hello", chat("hello")], ["a", "b"])
+    torch.testing.assert_close(values([before, after]), values(good), rtol=0, atol=1e-4)
+
+
+def test_a_non_finite_logit_is_a_reason(strong, tokenizer):
+    broken = llama(len(tokenizer), seed=1)
+    letter = tokenizer("q", add_special_tokens=False).input_ids[0]
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[letter] = float("nan")
+    bad, good = make_scorer(strong, broken, tokenizer).score(["hello q", "hello"], ["a", "a"])
+    assert bad.value is None
+    assert bad.error.startswith("weak gave the log-probability nan at completion token 0")
+    assert good.error is None
+
+
+def test_unknown_end_of_completions_adds_no_end_token_and_warns_once(strong, weak, tokenizer, caplog):
+    scorer = make_scorer(strong, weak, tokenizer)
+    foreign = [[5, 6, 7]] * 2  # ids of some other vocabulary
+    [score, _] = scorer.score(["hello"] * 2, ["what is this"] * 2, completion_ids=foreign)
+    scorer.score(["hello"] * 2, ["what is this"] * 2, completion_ids=foreign)
+    [cut] = scorer.score(["hello"], ["what is this"], finished=[False])
+    assert score.finished is None
+    assert score.value == pytest.approx(cut.value, abs=1e-6)
+    warnings = [record for record in caplog.records if "cdr_policy_tokenizer" in record.message]
+    assert len(warnings) == 1
+
+
+def test_policy_tokenizer_tells_finished_from_cut_off(strong, weak, tokenizer, tmp_path):
+    policy = byte_tokenizer(280, template=BRACKETS)
+    policy.pad_token = policy.eos_token
+    policy.save_pretrained(tmp_path)
+    text = "what is this"
+    ids = policy(text, add_special_tokens=False).input_ids
+    rows_of_ids = [ids + [policy.eos_token_id] * 3, ids]
+    offline = make_scorer(strong, weak, tokenizer).score(["hello"] * 2, [text] * 2, finished=[True, False])
+    named = make_scorer(strong, weak, tokenizer, policy_tokenizer=str(tmp_path))
+    told = make_scorer(strong, weak, tokenizer)
+    told.use_policy_tokenizer(policy)
+    for scorer in (named, told):
+        scores = scorer.score(["hello"] * 2, [text] * 2, completion_ids=rows_of_ids)
+        assert [score.finished for score in scores] == [True, False]
+        assert torch.equal(values(scores), values(offline))
+
+
+def test_a_policy_with_another_vocabulary_never_takes_the_ids_path(strong, weak, tokenizer):
+    """Ids of another vocabulary can decode to the right text by chance; the known tokenizer says that they are not."""
+    policy = byte_tokenizer(280)
+    scorer = make_scorer(strong, weak, tokenizer)
+    scorer.use_policy_tokenizer(policy)
+    ids = tokenizer("wh", add_special_tokens=False).input_ids  # bytes have the same ids in both
+    [score] = scorer.score(["hello"], ["wh"], completion_ids=[ids])
+    assert score.finished is False
+
+
+def test_thinking_text_is_scored_as_written(strong, weak, tokenizer):
+    scorer = make_scorer(strong, weak, tokenizer, chat_template_kwargs={"enable_thinking": False})
+    text = "<think>\nwhat is this\n</think>\n\nhello"
+    [score] = scorer.score([chat("hello")], [text])
+    rendered = render(tokenizer, chat("hello"), enable_thinking=False)
+    assert rendered.endswith("</think>\n\n")
+    prompt_ids, ids = split_text(tokenizer, rendered, text, tokenizer.eos_token)
+    assert tokenizer.convert_tokens_to_ids("<think>") in ids
+    expected = completion_logps(strong, prompt_ids, ids).sum() - completion_logps(weak, prompt_ids, ids).sum()
+    assert score.value == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_held_model_is_never_changed(tokenizer):
+    strong, weak = llama(len(tokenizer), seed=0).train(), llama(len(tokenizer), seed=1, attention_dropout=0.5).train()
+    weak.model.layers[0].eval()
+    flags = [[m.training for m in model.modules()] for model in (strong, weak)]
+    before = [{name: p.clone() for name, p in model.named_parameters()} for model in (strong, weak)]
+    scorer = make_scorer(strong, weak, tokenizer)
+    assert torch.equal(values(scorer.score(*rows())), values(scorer.score(*rows())))  # dropout is off
+    assert [[m.training for m in model.modules()] for model in (strong, weak)] == flags
+    for model, parameters in zip((strong, weak), before, strict=True):
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad
+            assert parameter.grad is None
+            assert torch.equal(parameter, parameters[name])
+
+
+def test_the_tokenizers_are_never_changed(strong, weak):
+    tokenizer = byte_tokenizer()
+    before = tokenizer.backend_tokenizer.to_str()
+    tokenizer("hello", padding="max_length", max_length=20, truncation=True)
+    padded = tokenizer.backend_tokenizer.to_str()
+    assert padded != before  # somebody else's padding and truncation are on
+    score = make_scorer(strong, weak, tokenizer).score(["hello " * 30], ["<|im_end|>"])
+    assert tokenizer.backend_tokenizer.to_str() == padded
+    assert values(score) == values(make_scorer(strong, weak, byte_tokenizer()).score(["hello " * 30], ["<|im_end|>"]))
+
+
+def test_autocast_and_gradients_of_the_caller_do_not_reach_the_pair(strong, weak, tokenizer):
+    outside = values(make_scorer(strong, weak, tokenizer).score(*rows()))
+    with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = make_scorer(strong, weak, tokenizer).score(*rows())
+    assert torch.equal(values(inside), outside)
+    assert not inside[0].per_token.requires_grad
+
+
+def test_threads_get_the_same_scores(checkpoints):
+    scorer = DensityRatioScorer(checkpoints["strong"], checkpoints["weak"])
+    results = [None] * 4
+
+    def run(index):
+        results[index] = values(scorer.score(*rows()))
+
+    threads = [threading.Thread(target=run, args=[index]) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_pickling_keeps_names_and_drops_models(checkpoints, strong, tokenizer):
+    by_name = DensityRatioScorer(checkpoints["strong"], checkpoints["weak"])
+    expected = values(by_name.score(*rows()))
+    pickled = pickle.dumps(by_name)
+    assert len(pickled) < 100_000
+    assert torch.equal(values(pickle.loads(pickled).score(*rows())), expected)
+    held = pickle.loads(pickle.dumps(DensityRatioScorer(strong, checkpoints["weak"], strong_tokenizer=tokenizer)))
+    with pytest.raises(ConfigError, match="strong was a loaded model, and loaded models are not pickled"):
+        held.score(*rows())
+
+
+def test_columns_of_the_call_must_be_equally_long(checkpoints):
+    scorer = DensityRatioScorer("not loaded", "either")
+    with pytest.raises(InputError, match="completions has 1 rows and prompts has 2"):
+        scorer.score(["a", "b"], ["c"])
+    with pytest.raises(InputError, match="completion_ids has 0 rows"):
+        scorer.score(["a"], ["c"], completion_ids=[])
+    with pytest.raises(InputError, match="prompts is 'hello'"):
+        scorer.score("hello", "world")
+    assert scorer.score([], []) == []
+
+
+def test_domains_come_back(strong, weak, tokenizer):
+    scores = make_scorer(strong, weak, tokenizer).score(["a", "b"], ["c", None], domains=["math", None])
+    assert [score.domain for score in scores] == ["math", None]
+
+
+def test_conversations_need_a_template(strong, weak, tmp_path):
+    bare = byte_tokenizer(template=None)
+    scorer = make_scorer(strong, weak, bare)
+    with pytest.raises(ConfigError, match="no chat template.*cdr_chat_template"):
+        scorer.score([chat("hello")], ["a"])
+    assert scorer.score(["hello"], ["a"])[0].error is None
+    from tiny import CHATML
+
+    template = tmp_path / "chatml.jinja"
+    template.write_text(CHATML)
+    with_template = make_scorer(strong, weak, bare, chat_template=str(template)).score([chat("hello")], ["a"])
+    assert values(with_template) == values(make_scorer(strong, weak, byte_tokenizer()).score([chat("hello")], ["a"]))
+
+
+def test_a_model_without_template_reads_its_partners(strong, weak):
+    pair = {"strong_tokenizer": byte_tokenizer(), "weak_tokenizer": byte_tokenizer(template=None)}
+    borrowed = DensityRatioScorer(strong, weak, **pair).score([chat("hello")], ["a"])
+    assert values(borrowed) == values(make_scorer(strong, weak, byte_tokenizer()).score([chat("hello")], ["a"]))
+
+
+def test_no_end_token_is_an_error_not_a_silent_omission(strong, weak):
+    endless = byte_tokenizer(template=None)
+    endless.eos_token = None
+    scorer = make_scorer(strong, weak, endless)
+    with pytest.raises(ModelError, match=r"strong_tokenizer knows no end token.*finished=False"):
+        scorer.score(["hello"], ["a"])
+    assert scorer.score(["hello"], ["a"], finished=[False])[0].error is None
+
+
+def test_score_is_frozen():
+    with pytest.raises(AttributeError):
+        Score(1.0).value = 2.0

@@ -1,0 +1,82 @@
+"""Tokenizing as the original does, with control tokens matched only where the caller wrote them."""
+
+import random
+
+from tiny import byte_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from trl_cdr.scoring.tokenization import OffsetTokenizer
+
+
+def word_tokenizer():
+    """A word-level tokenizer whose special tokens are part of the model's own vocabulary, as SentencePiece's are."""
+    words = ["<pad>", "<unk>", "<end>", "hello", "world", "<", ">", "end", "unk"]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
+
+
+def test_without_control_tokens_in_the_text_ids_are_the_tokenizers_own():
+    tokenizer = byte_tokenizer()
+    offsets = OffsetTokenizer(tokenizer)
+    before, after = "<|im_start|>user\nhello\n", "\n  what é 🙂 is this"
+    assert list(offsets.tokenize(before, after).ids) == tokenizer(before + after, add_special_tokens=False).input_ids
+
+
+def test_guarding_changes_no_other_token():
+    tokenizer = byte_tokenizer()
+    offsets = OffsetTokenizer(tokenizer)
+    rng = random.Random(0)
+    for _ in range(50):
+        parts = ["hello", " world", "<|im_end|>", "\n", "<think>", "日本", "  ", "<s>"]
+        text = "".join(rng.choice(parts) for _ in range(8))
+        guarded = offsets.tokenize(text, "", guarded=True)
+        assert list(guarded.ids) == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_a_guarded_control_token_is_plain_text():
+    tokenizer = byte_tokenizer()
+    offsets = OffsetTokenizer(tokenizer)
+    tokens = offsets.tokenize("<|im_start|>", offsets.guard("a<|im_end|>b"), guarded=True)
+    start, *rest = tokens.ids
+    assert start == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert set(rest).isdisjoint(tokenizer.all_special_ids)
+    assert tokenizer.decode(rest) == "a<|im_end|>b"
+    assert tokens.num_before == 1
+
+
+def test_special_tokens_of_the_models_own_vocabulary_keep_their_ids():
+    tokenizer = word_tokenizer()
+    offsets = OffsetTokenizer(tokenizer)
+    tokens = offsets.tokenize("hello <end> ", offsets.guard("<end> world"), guarded=True)
+    assert tokenizer.convert_ids_to_tokens(tokens.ids) == ["hello", "<end>", "<", "end", ">", "world"]
+    assert tokens.num_before == 2
+
+
+def test_turn_markers_that_are_not_flagged_special_are_guarded_too():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["[TURN]"])
+    marker = tokenizer.convert_tokens_to_ids("[TURN]")
+    offsets = OffsetTokenizer(tokenizer, turn_markers=["[TURN]"])
+    ids = offsets.tokenize("[TURN]hello", offsets.guard(" [TURN]"), guarded=True).ids
+    assert [token == marker for token in ids] == [True] + [False] * (len(ids) - 1)
+
+
+def test_a_token_that_straddles_is_not_before():
+    offsets = OffsetTokenizer(byte_tokenizer(400))
+    whole = offsets.tokenize("wor", "")
+    assert whole.num_before == len(whole.ids)
+    straddling = offsets.tokenize("hello wor", "ld")  # " world" is one token
+    assert (len(straddling.ids), straddling.num_before) == (2, 1)
+
+
+def test_white_space_at_the_seam_belongs_where_it_was_written():
+    """Byte-level post-processors trim white space off offsets; a boundary inside it must not move."""
+    tokenizer = byte_tokenizer()
+    offsets = OffsetTokenizer(tokenizer)
+    for before, after in (("a ", "b"), ("a", " b"), ("a \n", "\n b"), ("a", " "), ("a", "\n ")):
+        tokens = offsets.tokenize(before, after)
+        lengths = [len(token) for token in tokenizer.convert_ids_to_tokens(tokens.ids)]
+        assert sum(lengths[: tokens.num_before]) <= len(before)
+        assert sum(lengths[: tokens.num_before + 1]) > len(before)

@@ -1,0 +1,62 @@
+"""Preference labels inside the TRL training step, from the log-density ratio of two open models.
+
+    r(x, y) = log p_strong(y | x) - log p_weak(y | x)        (nats)
+
+The data's way through the package:
+
+    prompts, completions, completion_ids
+        |
+        v
+    training.reward     CDRReward: TRL's reward-function contract        (thin)
+        |
+        v
+    scoring.scorer      DensityRatioScorer.score -> list[Score]          (the one entrance)
+        |-- scoring.encoding    text or ids -> token ids; owns the prompt/completion boundary and the end of turn
+        |-- scoring.causal_lm   one frozen model: rows -> per-token log-probs
+        |     '-- scoring.logps     hidden states + head -> log-probs, in chunks; no [B, T, V] tensor
+        '-- scoring.ratio       two models' log-probs -> log-ratio, reduced
+
+Importing `trl_cdr` loads neither torch nor trl: the public names are fetched when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import CDRConfig as CDRConfig
+    from .errors import CDRError as CDRError
+    from .errors import ConfigError as ConfigError
+    from .errors import InputError as InputError
+    from .errors import ModelError as ModelError
+    from .errors import UnscorableError as UnscorableError
+    from .scoring.scorer import DensityRatioScorer as DensityRatioScorer
+    from .scoring.scorer import Score as Score
+    from .training.reward import CDRReward as CDRReward
+
+__version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "CDRConfig": "config",
+    "CDRReward": "training.reward",
+    "DensityRatioScorer": "scoring.scorer",
+    "Score": "scoring.scorer",
+    "CDRError": "errors",
+    "ConfigError": "errors",
+    "InputError": "errors",
+    "ModelError": "errors",
+    "UnscorableError": "errors",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Score -> files and reports. No model is run here."""

@@ -1,0 +1,182 @@
+"""Every knob, as one dataclass that TrlParser reads beside any trainer's config. Imports no torch and loads nothing.
+
+Neighbours: `scoring.scorer` and `training.reward` take the same options as keyword arguments without the prefix.
+"""
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from .errors import ConfigError
+
+_PREFIX = "cdr_"
+
+
+@dataclass
+class CDRConfig:
+    """
+    Options of the density-ratio reward. On the command line and in YAML every name keeps its prefix (`--cdr_strong`);
+    as keyword arguments of [`CDRReward`] and [`DensityRatioScorer`] the prefix is dropped (`strong=`).
+
+    Types and choices are checked here, because TrlParser does not check values that come from YAML.
+
+    Raises:
+        ConfigError: a value has the wrong type, is not among its choices or is out of range.
+
+    Example:
+
+    ```python
+    from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
+    from trl_cdr import CDRConfig, CDRReward
+
+    parser = TrlParser((ScriptArguments, GRPOConfig, ModelConfig, CDRConfig))
+    script_args, training_args, model_args, cdr_args = parser.parse_args_and_config()
+    reward = CDRReward.from_config(cdr_args, training_args)
+    ```
+    """
+
+    cdr_strong: str = field(metadata={"help": "Better aligned model: a name on the Hub or a path."})
+    cdr_weak: str = field(metadata={"help": "Less aligned model: a name on the Hub or a path."})
+    cdr_strong_revision: str | None = field(
+        default=None, metadata={"help": "Revision (branch, tag, commit) of the strong model."}
+    )
+    cdr_weak_revision: str | None = field(
+        default=None, metadata={"help": "Revision (branch, tag, commit) of the weak model."}
+    )
+    cdr_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Type of the pair's weights. auto: the checkpoint's; float32 on CPU."}
+    )
+    cdr_device: str = field(
+        default="auto", metadata={"help": "Device of the pair, such as cuda:1. auto: the process's own."}
+    )
+    cdr_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for both models' from_pretrained, a mapping or a JSON string."},
+    )
+    cdr_reduction: Literal["sum", "mean"] = field(
+        default="sum",
+        metadata={
+            "help": "sum: log-ratio of the whole completion (comparable between tokenizers). mean: each model's sum "
+            "divided by its own count of completion tokens."
+        },
+    )
+    cdr_chat_template: str | None = field(
+        default=None, metadata={"help": "Path of a Jinja chat template that both models use in place of their own."}
+    )
+    cdr_chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Variables for the chat template (enable_thinking, ...), a mapping or a JSON string."},
+    )
+    cdr_policy_tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Name or path of the policy's tokenizer. Tells finished completions from cut-off ones."},
+    )
+    cdr_add_special_tokens: Literal["auto", "true", "false"] = field(
+        default="auto",
+        metadata={
+            "help": "BOS before string prompts. auto: where the tokenizer adds one by default, as GRPO and RLOO do; "
+            "false: never, as online DPO does. Conversations take it from the chat template."
+        },
+    )
+    cdr_max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prompt + completion, in tokens. Default: the model's number of positions."},
+    )
+    cdr_token_budget: int = field(
+        default=8192, metadata={"help": "Tokens of one forward, padding included. Halved when memory runs out."}
+    )
+    cdr_on_unscorable: Literal["floor", "none", "raise"] = field(
+        default="floor",
+        metadata={
+            "help": "Reward of a completion that can't be scored. floor: the call's worst finite reward minus 1 nat, "
+            "-1 if there is none; none: None (TRL may read it as 0); raise: stop."
+        },
+    )
+    cdr_name: str = field(
+        default="cdr",
+        metadata={"help": "The reward is called <name>_reward and its metrics start with <name>/."},
+    )
+    cdr_seed: int = field(default=0, metadata={"help": "Seed of what is drawn: the tokens of the load-time check."})
+
+    def __post_init__(self) -> None:
+        self.cdr_model_init_kwargs = _parse_mapping("cdr_model_init_kwargs", self.cdr_model_init_kwargs)
+        self.cdr_chat_template_kwargs = _parse_mapping("cdr_chat_template_kwargs", self.cdr_chat_template_kwargs)
+        if isinstance(self.cdr_add_special_tokens, bool):  # YAML reads a bare true as a boolean
+            self.cdr_add_special_tokens = "true" if self.cdr_add_special_tokens else "false"
+        for name, hint in get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), hint)
+        for name in ("cdr_strong", "cdr_weak", "cdr_device"):
+            if not getattr(self, name).strip():
+                raise ConfigError(f"{name} is empty. Give a name or a path.")
+        if not self.cdr_name.isidentifier():
+            raise ConfigError(
+                f"cdr_name is {self.cdr_name!r}: it becomes part of a function's name. Use letters, digits and _."
+            )
+        if self.cdr_token_budget < 1:
+            raise ConfigError(f"cdr_token_budget is {self.cdr_token_budget}: it counts tokens. Use 1 or more.")
+        if self.cdr_max_length is not None and self.cdr_max_length < 2:
+            raise ConfigError(
+                f"cdr_max_length is {self.cdr_max_length}: a row has at least one prompt and one completion token. "
+                "Use 2 or more, or leave it out for the model's number of positions."
+            )
+        if self.cdr_chat_template is not None and not Path(self.cdr_chat_template).is_file():
+            raise ConfigError(
+                f"cdr_chat_template is {self.cdr_chat_template!r}, and no such file exists. Give the path of a file "
+                "that holds a Jinja chat template."
+            )
+
+    @classmethod
+    def from_options(cls, **options: Any) -> "CDRConfig":
+        """
+        Build a config from keyword arguments without the prefix.
+
+        Args:
+            **options: Field names without `cdr_`, with their values.
+
+        Raises:
+            ConfigError: an option is unknown, or its value is not allowed.
+        """
+        known = [f.name.removeprefix(_PREFIX) for f in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            hint = " Leave out the prefix cdr_." if any(name.startswith(_PREFIX) for name in unknown) else ""
+            raise ConfigError(f"{unknown[0]!r} is no option.{hint} Options: {', '.join(known)}.")
+        return cls(**{_PREFIX + name: value for name, value in options.items()})
+
+    def options(self, args: Any = None) -> dict[str, Any]:
+        """
+        The fields as keyword arguments, without the prefix.
+
+        Args:
+            args (`TrainingArguments`, *optional*): The trainer's. Its `seed` stands in where `cdr_seed` was left open.
+        """
+        options = {f.name.removeprefix(_PREFIX): getattr(self, f.name) for f in fields(self)}
+        if args is not None and self.cdr_seed == CDRConfig.cdr_seed:
+            options["seed"] = args.seed
+        return options
+
+
+def _parse_mapping(name: str, value: Any) -> Any:
+    """A JSON string becomes the mapping that it spells; everything else stays, to be checked by type."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name} is {value!r}, which is no JSON ({error}). Write a JSON object.") from None
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{name} is {value!r}: it must spell a JSON object, such as '{{\"key\": 1}}'.")
+    return parsed
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    choices = get_args(hint)
+    if choices and isinstance(choices[0], str):  # Literal
+        if value not in choices:
+            raise ConfigError(f"{name} is {value!r}. Use one of: {', '.join(choices)}.")
+        return
+    kinds = tuple(kind if isinstance(kind, type) else dict for kind in choices) or (hint,)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}). It takes {wanted}.")

@@ -1,0 +1,1 @@
+"""(prompt, completion) -> Score. Uses torch and transformers; knows neither TRL nor datasets."""

@@ -1,0 +1,121 @@
+"""What the policy wrote: each completion's text, its token ids where they are proven the pair's, and whether it ended.
+
+Reads what trainers hand over; `encoding` turns the result into rows. Runs no model.
+"""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .encoding import Completion, Encoder, Message, Unscorable, read_text, shorten, vocabulary_hash
+from .pair import Pair
+
+logger = logging.getLogger(__name__)
+
+
+class CompletionReader:
+    """
+    Reads completions for one pair.
+
+    A trainer tells a reward function neither the policy's tokenizer nor where a completion ended. Two things say it:
+    ids that decode, under the pair's shared tokenizer, to the very text that came with them are the pair's own (the
+    ids path), and end where they end; or the policy's tokenizer is known and names its end tokens. Where neither
+    holds, nobody knows whether the policy ended its turn, and no end token is credited.
+
+    Args:
+        pair (`Pair`): The pair that will score.
+        policy_tokenizer (*optional*): The policy's tokenizer, or a processor that holds it.
+    """
+
+    def __init__(self, pair: Pair, policy_tokenizer: Any = None) -> None:
+        self.pair = pair
+        self._encoder = pair.strong.encoder
+        self._ids_may_match = pair.shares_vocabulary
+        self._end_ids = pair.end_ids
+        self._policy_end_ids: frozenset[int] | None = None
+        self._has_warned = False
+        if policy_tokenizer is not None:
+            policy: PreTrainedTokenizerBase = getattr(policy_tokenizer, "tokenizer", policy_tokenizer)
+            self._policy_end_ids = (
+                Encoder(policy, "policy").end_ids if policy.is_fast else frozenset([policy.eos_token_id])
+            )
+            if vocabulary_hash(policy) == vocabulary_hash(self._encoder.tokenizer):
+                self._end_ids |= self._policy_end_ids
+            else:
+                self._ids_may_match = False
+
+    def read(
+        self,
+        completions: Sequence[str | Sequence[Message]],
+        completion_ids: Sequence[Sequence[int]] | None,
+        finished: Sequence[bool | None] | None,
+    ) -> list[Completion | Unscorable]:
+        """Arguments as in `DensityRatioScorer.score`; one result for each completion, in order."""
+        read: list[Completion | Unscorable] = []
+        for index, completion in enumerate(completions):
+            text = read_completion(completion)
+            if isinstance(text, Unscorable):
+                read.append(text)
+                continue
+            ids = None if completion_ids is None else [int(token) for token in completion_ids[index]]
+            own_ids = self._own_ids(ids, text) if ids is not None and self._ids_may_match else None
+            if own_ids is not None:
+                read.append(Completion(text, own_ids[len(own_ids) - 1] in self._end_ids, own_ids))
+            elif finished is not None:
+                said = finished[index]
+                read.append(Completion(text, None if said is None else bool(said)))
+            else:
+                read.append(Completion(text, True if ids is None else self._ended(ids)))
+        return read
+
+    def _own_ids(self, ids: list[int], text: str) -> tuple[int, ...] | None:
+        """The ids without padding, if they are the pair's own."""
+        cut = cut_at_end(ids, end_ids=self._end_ids, pad_id=self._encoder.tokenizer.pad_token_id)
+        return cut if self._encoder.holds(cut, text, self._end_ids) else None
+
+    def _ended(self, ids: list[int]) -> bool | None:
+        """Whether ids that are not the pair's hold one of the policy's end tokens."""
+        if self._policy_end_ids is not None:
+            return not self._policy_end_ids.isdisjoint(ids)
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "The policy's tokenizer is not known, and its completion_ids do not decode under the pair's: finished "
+                "completions can't be told from cut-off ones, so no end token is scored. Pass cdr_policy_tokenizer."
+            )
+        return None
+
+
+def read_completion(completion: Any) -> str | Unscorable:
+    """The text of a completion: a string, or a conversation that holds one assistant message."""
+    if isinstance(completion, str):
+        return completion
+    if not isinstance(completion, Sequence) or not all(isinstance(message, Mapping) for message in completion):
+        return Unscorable(
+            f"the completion is {shorten(completion)}: pass a string or a list with one assistant message"
+        )
+    if len(completion) != 1:
+        return Unscorable(
+            f"the completion has {len(completion)} messages: only a single assistant message can be scored"
+        )
+    if completion[0].get("role") != "assistant":
+        return Unscorable(f"the completion has the role {completion[0].get('role')!r}: a completion is the assistant's")
+    return read_text(completion[0].get("content"), "the completion's content")
+
+
+def cut_at_end(ids: Sequence[int], *, end_ids: Collection[int], pad_id: int | None) -> tuple[int, ...]:
+    """
+    Drop what follows the first end token, or the padding where there is none.
+
+    Online DPO pads on the right, often with the end token itself: `[x, end, end, end]` was `[x, end]`. A completion
+    that was cut off holds no end token, and none is added.
+    """
+    for index, token in enumerate(ids):
+        if token in end_ids:
+            return tuple(ids[: index + 1])
+    length = len(ids)
+    while length and ids[length - 1] == pad_id:
+        length -= 1
+    return tuple(ids[:length])

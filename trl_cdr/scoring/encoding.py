@@ -1,0 +1,308 @@
+"""Text and ids -> token ids. The one owner of the prompt/completion boundary and of the end of a turn.
+
+Runs no model. `completions` reads what the policy wrote, `tokenization` tokenizes, `causal_lm` runs the rows that come
+out. A row, and the shift by one:
+
+    position    0     1     2        p-1     p     p+1         p+C-1
+             [ <s>  2      +  ...  <asst> ][ It    is   ...    <end> ]
+               '------- prompt_ids ------'  '---- completion_ids ---'
+                                    |  predicts  ^
+    predicting positions:          p-1 ... p+C-2          (`Row.predicting`, C of them)
+    completion tokens:                       p ... p+C-1
+
+`<end>` is there only where the policy ended its turn: a completion that was cut off has none.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigError, ModelError
+from .tokenization import OffsetTokenizer
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message]
+
+_PROBE = "trl-cdr probe"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt and completion as token ids of one model. `truncated`: the prompt lost tokens on its left."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    truncated: bool = False
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prompt and completion, as the model reads them."""
+        return self.prompt_ids + self.completion_ids
+
+    @property
+    def predicting(self) -> slice:
+        """The positions whose output predicts the completion tokens, in their order."""
+        first = len(self.prompt_ids) - 1
+        return slice(first, first + len(self.completion_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Unscorable:
+    """Why a row has no score. Takes a row's place, so that failure is data."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """
+    What the policy wrote, before it is tokenized.
+
+    Attributes:
+        text (`str`): The completion's text, without an end token.
+        finished (`bool` or `None`): The policy ended its turn / was cut off / nobody knows.
+        ids (`tuple[int, ...]` or `None`): Its token ids, where they are proven the pair's own; scored as they are.
+    """
+
+    text: str
+    finished: bool | None
+    ids: tuple[int, ...] | None = None
+
+
+def read_text(content: Any, name: str) -> str | Unscorable:
+    """The text of a message's content, which is a string or a list of text parts. `name` is for the reason."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence) and content and all(_is_text_part(part) for part in content):
+        return "".join(part["text"] for part in content)
+    return Unscorable(f"{name} is {shorten(content)}: only text can be scored. Pass a string or a list of text parts")
+
+
+def fit(row: Row, max_length: int | None) -> Row | Unscorable:
+    """Shorten the prompt from the left until prompt and completion fit; the completion is never touched."""
+    if max_length is None or len(row.ids) <= max_length:
+        return row
+    room = max_length - len(row.completion_ids)
+    if room < 1:
+        return Unscorable(
+            f"the completion has {len(row.completion_ids)} tokens, and with one token of prompt at most {max_length} "
+            "fit. Use a model with more positions or a shorter max_completion_length"
+        )
+    return replace(row, prompt_ids=row.prompt_ids[len(row.prompt_ids) - room :], truncated=True)
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what token ids mean: every token, special ones included, with its id."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return sha256(repr(vocabulary).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class Encoder:
+    """
+    Prompts and completions -> rows of one model's token ids.
+
+    Text that users or the policy wrote can't forge turns: a special token or turn marker spelled out in a message or a
+    completion is encoded as plain text. A string prompt is the exception: TRL's trainers parse it as raw input.
+
+    Args:
+        tokenizer: A fast tokenizer (character offsets are needed). It is never changed.
+        role (`str`): `"strong"` or `"weak"`, for messages.
+        chat_template (`str`, *optional*): Jinja text of the template; the tokenizer's own if `None`.
+        chat_template_kwargs (`Mapping`, *optional*): Variables for the template.
+        add_special_tokens (`str`, *optional*, defaults to `"auto"`): `"false"` keeps BOS off string prompts, `"true"`
+            demands one, `"auto"` follows the tokenizer.
+
+    Raises:
+        ModelError: the tokenizer has no character offsets, or is to add a BOS that it does not have.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        role: str,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_special_tokens: str = "auto",
+    ) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(
+                f"{role}_tokenizer is a {type(tokenizer).__name__}, which reports no character offsets. "
+                "Pass a fast tokenizer (one backed by the tokenizers library)."
+            )
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template or own_chat_template(tokenizer)
+        self._role = role
+        self._kwargs = dict(chat_template_kwargs or {})
+        self._offsets = OffsetTokenizer(tokenizer, self._turn_markers())
+        self._bos = self._choose_bos(add_special_tokens)
+        self._end_of_text_id: int | None = tokenizer.eos_token_id
+        self._end_of_turn_id = self._find_end_of_turn()
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end a completion: the template's end of turn and the end of text."""
+        return frozenset(id for id in (self._end_of_turn_id, self._end_of_text_id) if id is not None)
+
+    def encode(self, prompt: Prompt, completion: Completion) -> Row | Unscorable:
+        """
+        One row, or why there is none.
+
+        Raises:
+            ConfigError: the prompt is a conversation and there is no chat template.
+            ModelError: the completion is finished and the tokenizer knows no end token.
+        """
+        messages = None if isinstance(prompt, str) else read_messages(prompt)
+        if isinstance(messages, Unscorable):
+            return messages
+        text = completion.text if completion.ids is None else ""
+        written = [text] if messages is None else [*(message["content"] for message in messages), text]
+        guarded = self._offsets.spells_control(written)
+        if guarded and self._offsets.has_mark([*written, prompt] if isinstance(prompt, str) else written):
+            return Unscorable("the text holds U+FDD0 beside the spelling of a control token: drop the character")
+        if messages is None:
+            rendered, bos, end_id = str(prompt), self._bos, self._end_of_text_id
+        else:
+            if guarded:
+                messages = [{**message, "content": self._offsets.guard(message["content"])} for message in messages]
+            try:
+                rendered, bos, end_id = self._render(messages), (), self._end_of_turn_id
+            except TemplateError as error:
+                return Unscorable(f"the prompt was refused by {self._role}'s chat template: {error}")
+        tokens = self._offsets.tokenize(rendered, self._offsets.guard(text), guarded=guarded)
+        prompt_ids = bos + tokens.ids[: tokens.num_before]
+        completion_ids = completion.ids or tokens.ids[tokens.num_before :] + self._end(completion, end_id)
+        if not completion_ids:
+            return Unscorable("the completion is empty and was not finished: there is no token to score")
+        if not prompt_ids:
+            return Unscorable("the prompt is empty: nothing predicts the first completion token")
+        return Row(prompt_ids, completion_ids)
+
+    def holds(self, completion_ids: tuple[int, ...], text: str, end_ids: Collection[int]) -> bool:
+        """Whether these ids are this tokenizer's: they decode, as TRL decodes them, to the text that came with them."""
+        if not completion_ids or not all(0 <= token < len(self.tokenizer) for token in completion_ids):
+            return False
+        if not text:  # any special token decodes to nothing: only an end token is proof
+            return len(completion_ids) == 1 and completion_ids[0] in end_ids
+        return bool(self.tokenizer.decode(completion_ids, skip_special_tokens=True) == text)
+
+    def _end(self, completion: Completion, end_id: int | None) -> tuple[int, ...]:
+        if not completion.finished:
+            return ()
+        if end_id is None:
+            raise ModelError(
+                f"{self._role}_tokenizer knows no end token: eos_token is None, and no chat template names one. "
+                "Set tokenizer.eos_token, or pass finished=False."
+            )
+        return (end_id,)
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        """The prompt as text, up to and including the generation prompt; an assistant's last turn is continued."""
+        try:
+            return self._apply_template(messages)
+        except TemplateError:
+            if messages[0].get("role") != "system" or len(messages) < 2:
+                raise
+        # Templates without a system role (Gemma 2, early Mistral) refuse it: its text goes into the first turn.
+        system, first, *rest = messages
+        return self._apply_template([{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest])
+
+    def _apply_template(self, messages: list[dict[str, Any]], *, whole: bool = False) -> str:
+        """`whole`: the last turn is closed, as in training data; else it is left open for the completion."""
+        if self.chat_template is None:
+            raise ConfigError(
+                f"{self._role}_tokenizer has no chat template, nor has its partner, and the prompt is a conversation. "
+                "Pass cdr_chat_template, the path of a Jinja file, or use string prompts."
+            )
+        continues = not whole and messages[-1].get("role") == "assistant"
+        rendered = self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            chat_template=self.chat_template,
+            add_generation_prompt=not whole and not continues,
+            continue_final_message=continues,
+            **self._kwargs,
+        )
+        return str(rendered)
+
+    def _choose_bos(self, add_special_tokens: str) -> tuple[int, ...]:
+        """What goes before a string prompt."""
+        if add_special_tokens == "false":
+            return ()
+        bos = self._offsets.leading_ids
+        if add_special_tokens == "true" and not bos:
+            if self.tokenizer.bos_token_id is None:
+                raise ModelError(
+                    f"cdr_add_special_tokens is 'true', and {self._role}_tokenizer has no bos_token. Use 'auto'."
+                )
+            return (self.tokenizer.bos_token_id,)
+        return bos
+
+    def _turn_markers(self) -> set[str]:
+        """
+        Added tokens that the chat template writes around system and user turns.
+
+        Some checkpoints don't flag theirs as special. What a template writes inside the assistant's turn (`<think>`)
+        is no marker: the policy writes it too.
+        """
+        if self.chat_template is None:
+            return set()
+        system, user = {"role": "system", "content": _PROBE}, {"role": "user", "content": _PROBE}
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        markers: set[str] = set()
+        for turns in ([user], [system, user]):
+            try:
+                rendered = self._apply_template(turns, whole=True)
+            except TemplateError:
+                continue
+            markers |= {token for token in added if token.strip() and token in rendered}
+        return markers
+
+    def _find_end_of_turn(self) -> int | None:
+        """The special token that the chat template writes after an assistant's content; else the end of text."""
+        if self.chat_template is None:
+            return self._end_of_text_id
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+        try:
+            rendered = self._apply_template(turns, whole=True)
+        except TemplateError:
+            return self._end_of_text_id
+        end = self._offsets.control_at_start(rendered.rpartition(_PROBE)[2])
+        return self._end_of_text_id if end is None else int(self.tokenizer.convert_tokens_to_ids(end))
+
+
+def own_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The tokenizer's default chat template, or None."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, Mapping) else template
+
+
+def read_messages(prompt: Any) -> list[dict[str, Any]] | Unscorable:
+    """The prompt's messages, copied, each with its content as one string."""
+    if not isinstance(prompt, Sequence) or not all(isinstance(message, Mapping) for message in prompt):
+        return Unscorable(f"the prompt is {shorten(prompt)}: pass a string or a list of messages")
+    if not prompt:
+        return Unscorable("the prompt is an empty conversation: pass at least one message")
+    messages = []
+    for index, message in enumerate(prompt):
+        if not isinstance(message.get("role"), str):
+            return Unscorable(f"message {index} of the prompt has the role {message.get('role')!r}: pass 'user', say")
+        content = read_text(message.get("content"), f"the content of message {index} of the prompt")
+        if isinstance(content, Unscorable):
+            return content
+        messages.append({**message, "content": content})
+    return messages
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def shorten(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,164 @@
+"""Strong and weak together: loading both, their tokenizers, and what makes their scores comparable.
+
+Knows no conversation and no score: `scorer` asks it for two encoders and two models.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..config import CDRConfig
+from ..errors import ConfigError, ModelError
+from .causal_lm import CausalLM
+from .encoding import Completion, Encoder, Prompt, Row, Unscorable, fit, own_chat_template, vocabulary_hash
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of the pair with the encoder that feeds it, and the longest row in tokens (None: no limit)."""
+
+    lm: CausalLM
+    encoder: Encoder
+    max_length: int | None
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids at which a completion ends. A generation config is believed only where it names special tokens."""
+        added = self.encoder.tokenizer.added_tokens_decoder
+        return self.encoder.end_ids | {id for id in self.lm.end_ids if id in added and added[id].special}
+
+    def encode(self, prompt: Prompt, completion: Completion) -> Row | Unscorable:
+        """One row that fits the model; see `Encoder.encode` and `fit`."""
+        row = self.encoder.encode(prompt, completion)
+        return row if isinstance(row, Unscorable) else fit(row, self.max_length)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    The two scoring models.
+
+    Attributes:
+        strong, weak (`Member`): Better and less aligned model.
+        shares_vocabulary (`bool`): A token id means the same token to both, so ids that the policy wrote can be scored
+            as they are, and log-ratios exist per token.
+    """
+
+    strong: Member
+    weak: Member
+    shares_vocabulary: bool
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids at which a completion ends, of both models: templates, tokenizers and generation configs."""
+        members = (self.strong, self.weak)
+        return frozenset().union(*(member.end_ids for member in members))
+
+
+def check_sources(
+    strong: Any, weak: Any, strong_tokenizer: PreTrainedTokenizerBase | None, weak_tokenizer: Any
+) -> None:
+    """
+    What can be known about a pair before anything is loaded.
+
+    Raises:
+        ConfigError: one is missing or of the wrong kind, both are one object, or a loaded model has no tokenizer.
+    """
+    for role, model, tokenizer in (("strong", strong, strong_tokenizer), ("weak", weak, weak_tokenizer)):
+        if not isinstance(model, (str, Path, nn.Module)):
+            raise ConfigError(f"{role} is {model!r}. Pass a model's name, a path or a loaded model.")
+        if isinstance(model, nn.Module) and tokenizer is None:
+            raise ConfigError(
+                f"{role} is a loaded {type(model).__name__} and {role}_tokenizer is missing. Pass its tokenizer too."
+            )
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ConfigError(f"{role}_tokenizer is a {type(tokenizer).__name__}. Pass a transformers tokenizer.")
+    if strong is weak and isinstance(strong, nn.Module):
+        raise ConfigError(
+            f"strong and weak are the same {type(strong).__name__} object: every log-ratio would be 0. Pass two models."
+        )
+
+
+def load_pair(
+    config: CDRConfig,
+    strong: str | nn.Module,
+    weak: str | nn.Module,
+    *,
+    strong_tokenizer: PreTrainedTokenizerBase | None = None,
+    weak_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Pair:
+    """
+    Load what is a name, take what is a module, and check that the two can be compared.
+
+    Args:
+        config (`CDRConfig`): Revisions, type, device, template and lengths.
+        strong, weak (`str` or `nn.Module`): Name, path or loaded model; `check_sources` has passed.
+        strong_tokenizer, weak_tokenizer: Loaded tokenizers; each model's own if `None`.
+
+    Raises:
+        ConfigError: `cdr_max_length` exceeds a model's positions.
+        ModelError: a model or tokenizer can't be loaded or can't serve.
+    """
+    revisions = (config.cdr_strong_revision, config.cdr_weak_revision)
+    strong_tokenizer = strong_tokenizer or load_tokenizer(str(strong), "strong_tokenizer", revision=revisions[0])
+    weak_tokenizer = weak_tokenizer or load_tokenizer(str(weak), "weak_tokenizer", revision=revisions[1])
+    given = None if config.cdr_chat_template is None else Path(config.cdr_chat_template).read_text(encoding="utf-8")
+    templates = [given or own_chat_template(tokenizer) for tokenizer in (strong_tokenizer, weak_tokenizer)]
+    members = []
+    for role, model, tokenizer, revision, template, other in (
+        ("strong", strong, strong_tokenizer, revisions[0], templates[0], templates[1]),
+        ("weak", weak, weak_tokenizer, revisions[1], templates[1], templates[0]),
+    ):
+        encoder = Encoder(
+            tokenizer,
+            role,
+            chat_template=template or other,  # a base model has none: it reads its partner's
+            chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
+            add_special_tokens=config.cdr_add_special_tokens,
+        )
+        lm = _load_model(config, model, role, revision)
+        _check_embeddings(lm, tokenizer, role)
+        members.append(Member(lm, encoder, _choose_max_length(config, lm, role)))
+    shares = vocabulary_hash(strong_tokenizer) == vocabulary_hash(weak_tokenizer)
+    return Pair(members[0], members[1], shares)
+
+
+def load_tokenizer(name: str, argument: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint. `argument` names it in the error."""
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{argument} can't be loaded from {name!r}: {error}") from error
+
+
+def _load_model(config: CDRConfig, model: str | nn.Module, role: str, revision: str | None) -> CausalLM:
+    if isinstance(model, nn.Module):
+        return CausalLM(model, role, seed=config.cdr_seed)
+    return CausalLM.load(
+        str(model),
+        role,
+        revision=revision,
+        dtype=config.cdr_dtype,
+        device=config.cdr_device,
+        init_kwargs=config.cdr_model_init_kwargs,  # type: ignore[arg-type]
+        seed=config.cdr_seed,
+    )
+
+
+def _check_embeddings(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= lm.num_embeddings:
+        raise ModelError(
+            f"{role}_tokenizer has the token id {largest}, and {role} ({lm.name}) embeds {lm.num_embeddings} tokens. "
+            "Pass the tokenizer that belongs to the model."
+        )
+
+
+def _choose_max_length(config: CDRConfig, lm: CausalLM, role: str) -> int | None:
+    asked, positions = config.cdr_max_length, lm.num_positions
+    if asked is not None and positions is not None and asked > positions:
+        raise ConfigError(f"cdr_max_length is {asked}, and {role} ({lm.name}) has {positions} positions. Use fewer.")
+    return positions if asked is None else asked

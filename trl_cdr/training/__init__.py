@@ -1,0 +1,1 @@
+"""Score -> TRL: the adapters that a trainer sees. No model is run here."""
