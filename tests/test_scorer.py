@@ -102,9 +102,9 @@ def test_the_random_rows_do_straddle(tokenizer):
     """The text path is only tested where some tokens lie across the boundary."""
     rendered = render(tokenizer, chat("hello"))
     alone = tokenizer(rendered, add_special_tokens=False).input_ids
-    prompt_ids, ids = split_text(tokenizer, rendered, "\nhello", "")
+    prompt_ids, ids = split_text(tokenizer, rendered, "\n hello", "")
     assert len(prompt_ids) < len(alone)
-    assert tokenizer.decode(ids) == "\n\nhello"
+    assert tokenizer.decode(ids) == "\n\n hello"
 
 
 def rows(count=12):

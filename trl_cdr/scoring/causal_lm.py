@@ -145,8 +145,8 @@ class CausalLM:
 
         Args:
             rows (`Sequence[Row]`): In any order; each is non-empty and fits the model's positions.
-            token_budget (`int`): Padded tokens of one forward. A batch that runs out of memory is halved and tried
-                again, and so are those after it.
+            token_budget (`int`): Padded tokens of one forward. Where a batch runs out of memory, the rows that are
+                left are laid out anew with half its tokens.
 
         Returns:
             `list[Tensor]`: per row a tensor of shape (C,), float32 on the CPU, nats, C its completion tokens.
@@ -157,10 +157,11 @@ class CausalLM:
         with self._frozen():
             if not self._is_checked:
                 self._check()
+            lengths = [len(row.ids) for row in rows]
             results: list[Tensor | None] = [None] * len(rows)
-            waiting = plan_batches([len(row.ids) for row in rows], token_budget)[::-1]
+            waiting = plan_batches(lengths, token_budget)
             while waiting:
-                batch = waiting.pop()
+                batch, *waiting = waiting
                 try:
                     logps = self._run([rows[index] for index in batch])
                 except RuntimeError as error:
@@ -168,13 +169,16 @@ class CausalLM:
                         raise
                     if len(batch) == 1:
                         raise ModelError(
-                            f"{self._role} ran out of memory on a single row of {len(rows[batch[0]].ids)} tokens. Pass "
-                            "a smaller cdr_max_length, cdr_dtype='bfloat16', or another cdr_device."
+                            f"{self._role} ran out of memory on a single row of {lengths[batch[0]]} tokens. Pass a "
+                            "smaller cdr_max_length, cdr_dtype='bfloat16', or another cdr_device."
                         ) from error
-                    logps = None  # halve outside of this block: the error keeps the failed forward's tensors alive
+                    logps = None  # go on outside of this block: the error keeps the failed forward's tensors alive
                 if logps is None:
                     clear_device_cache()
-                    waiting = [half for other in [*waiting, batch] for half in _halve(other)]
+                    remaining = [index for other in (batch, *waiting) for index in other]
+                    half = len(batch) * lengths[batch[0]] // 2
+                    plan = plan_batches([lengths[index] for index in remaining], half)
+                    waiting = [[remaining[place] for place in other] for other in plan]
                     continue
                 for index, row_logps in zip(batch, logps, strict=True):
                     results[index] = row_logps
@@ -296,8 +300,3 @@ def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     return getattr(torch, dtype)  # type: ignore[no-any-return]
-
-
-def _halve(batch: list[int]) -> list[list[int]]:
-    middle = (len(batch) + 1) // 2
-    return [half for half in (batch[middle:], batch[:middle]) if half]

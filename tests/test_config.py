@@ -1,0 +1,117 @@
+"""Every option: names, defaults, types from YAML and from the command line, and what is refused."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from trl_cdr import CDRConfig, CDRReward, ConfigError
+
+NAMES = {
+    "cdr_strong": dataclasses.MISSING,
+    "cdr_weak": dataclasses.MISSING,
+    "cdr_strong_revision": None,
+    "cdr_weak_revision": None,
+    "cdr_dtype": "auto",
+    "cdr_device": "auto",
+    "cdr_model_init_kwargs": None,
+    "cdr_reduction": "sum",
+    "cdr_chat_template": None,
+    "cdr_chat_template_kwargs": None,
+    "cdr_policy_tokenizer": None,
+    "cdr_add_special_tokens": "auto",
+    "cdr_max_length": None,
+    "cdr_token_budget": 8192,
+    "cdr_on_unscorable": "floor",
+    "cdr_name": "cdr",
+    "cdr_seed": 0,
+}
+
+
+def test_the_public_names_and_defaults():
+    assert {field.name: field.default for field in dataclasses.fields(CDRConfig)} == NAMES
+    assert all(field.metadata["help"] for field in dataclasses.fields(CDRConfig))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("cdr_strong", 3, r"cdr_strong is 3 \(int\). It takes str"),
+        ("cdr_strong", " ", "cdr_strong is empty"),
+        ("cdr_reduction", "max", "cdr_reduction is 'max'. Use one of: sum, mean"),
+        ("cdr_reduction", None, "cdr_reduction is None"),
+        ("cdr_dtype", "fp16", "cdr_dtype is 'fp16'. Use one of: auto, float32, bfloat16, float16"),
+        ("cdr_max_length", "512", r"cdr_max_length is '512' \(str\). It takes int or None"),
+        ("cdr_max_length", 1, "cdr_max_length is 1"),
+        ("cdr_token_budget", 0, "cdr_token_budget is 0"),
+        ("cdr_token_budget", 8.5, "cdr_token_budget is 8.5"),
+        ("cdr_seed", True, "cdr_seed is True"),
+        ("cdr_model_init_kwargs", "{'a': 1}", "no JSON"),
+        ("cdr_chat_template_kwargs", "[1]", "must spell a JSON object"),
+        ("cdr_chat_template_kwargs", [1], r"cdr_chat_template_kwargs is \[1\] \(list\). It takes dict or str or None"),
+        ("cdr_chat_template", "no/such/file.jinja", "no such file exists"),
+        ("cdr_name", "my reward", "cdr_name is 'my reward'"),
+        ("cdr_on_unscorable", "zero", "Use one of: floor, none, raise"),
+        ("cdr_add_special_tokens", "yes", "Use one of: auto, true, false"),
+    ],
+)
+def test_what_is_refused_names_the_option_the_value_and_the_rule(name, value, message):
+    with pytest.raises(ConfigError, match=message):
+        CDRConfig(**{"cdr_strong": "a", "cdr_weak": "b", name: value})
+
+
+def test_a_bare_boolean_from_yaml():
+    assert CDRConfig("a", "b", cdr_add_special_tokens=True).cdr_add_special_tokens == "true"
+    assert CDRConfig("a", "b", cdr_add_special_tokens=False).cdr_add_special_tokens == "false"
+
+
+def test_keyword_arguments_go_without_the_prefix():
+    assert CDRReward("a", "b", reduction="mean").config.cdr_reduction == "mean"
+    with pytest.raises(ConfigError, match="'reduktion' is no option. Options: strong, weak"):
+        CDRReward("a", "b", reduktion="mean")
+    with pytest.raises(ConfigError, match="'cdr_reduction' is no option. Leave out the prefix cdr_"):
+        CDRReward("a", "b", cdr_reduction="mean")
+
+
+def parse(*arguments):
+    from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
+
+    parser = TrlParser((ScriptArguments, GRPOConfig, ModelConfig, CDRConfig))
+    # TRL's own deprecation on its way to transformers 6; drop when GRPOConfig stops setting gradient_checkpointing
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return parser.parse_args_and_config(arguments)
+
+
+COMMON = ("--dataset_name", "none", "--output_dir", "out", "--use_cpu", "--bf16", "False", "--seed", "7")
+
+
+def test_parses_beside_a_trainers_config_from_the_command_line():
+    *_, args, _, config = parse(
+        *COMMON, "--cdr_strong", "a", "--cdr_weak", "b", "--cdr_chat_template_kwargs", '{"enable_thinking": false}'
+    )
+    assert config.cdr_chat_template_kwargs == {"enable_thinking": False}
+    reward = CDRReward.from_config(config, args)
+    assert reward.config == dataclasses.replace(config, cdr_seed=7)
+    assert CDRReward.from_config(dataclasses.replace(config, cdr_seed=3), args).config.cdr_seed == 3
+    assert CDRReward.from_config(config).config == config
+
+
+def test_parses_beside_a_trainers_config_from_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    options = {"cdr_strong": "a", "cdr_weak": "b", "cdr_max_length": 64, "cdr_model_init_kwargs": {"x": 1}}
+    path.write_text(yaml.safe_dump(options))
+    *_, config = parse(*COMMON, "--config", str(path))
+    assert (config.cdr_max_length, config.cdr_model_init_kwargs) == (64, {"x": 1})
+    path.write_text(yaml.safe_dump({**options, "cdr_max_length": 64.5}))  # the parser lets it through
+    with pytest.raises(ConfigError, match="cdr_max_length is 64.5"):
+        parse(*COMMON, "--config", str(path))
+
+
+def test_the_config_needs_no_torch():
+    code = "import sys, trl_cdr; trl_cdr.CDRConfig('a', 'b'); assert not {'torch', 'trl'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,98 @@
+"""The house: imports point downwards, heavy ones stay in their rooms, and importing the package is cheap and silent."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trl_cdr
+
+ROOT = Path(trl_cdr.__file__).parent
+FLOORS = {
+    "errors": 0,
+    "config": 1,
+    "_compat": 1,
+    "conditioning": 2,
+    "scoring": 3,
+    "training": 4,
+    "annotation": 4,
+    "demo": 5,
+    "cli": 6,
+    "__main__": 7,
+}
+# Third-party modules and the rooms that may import them; what is not listed is free.
+ROOMS = {"trl": {"training", "cli", "demo", "_compat"}, "datasets": {"training", "annotation", "demo", "cli"}}
+NO_TORCH = {"errors", "config", "conditioning"}
+
+
+def imports(path):
+    """Absolute module names that a file imports, at any depth of its code."""
+    package = ["trl_cdr", *path.relative_to(ROOT).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def room(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    here = room(path)
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "trl_cdr" and rest and rest[0] in FLOORS:
+            assert rest[0] == here or FLOORS[rest[0]] < FLOORS[here], f"{here} imports {name}"
+        assert here in ROOMS.get(top, {here}), f"{here} imports {name}"
+        assert not (top == "torch" and here in NO_TORCH), f"{here} imports {name}"
+
+
+def test_every_room_has_a_floor():
+    assert {room(path) for path in FILES} <= set(FLOORS)
+
+
+def test_importing_is_cheap_and_silent():
+    code = (
+        "import os, sys; before = dict(os.environ); import trl_cdr; assert dict(os.environ) == before; "
+        "heavy = {'torch', 'trl', 'transformers', 'datasets', 'accelerate', 'matplotlib'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True)
+    assert (run.stdout, run.stderr) == (b"", b"")
+
+
+def test_the_public_names():
+    assert set(trl_cdr.__all__) == {
+        "CDRConfig",
+        "CDRError",
+        "CDRReward",
+        "ConfigError",
+        "DensityRatioScorer",
+        "InputError",
+        "ModelError",
+        "Score",
+        "UnscorableError",
+        "__version__",
+    }
+    assert all(hasattr(trl_cdr, name) for name in trl_cdr.__all__)
+    assert set(dir(trl_cdr)) == set(trl_cdr.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Scorer'"):
+        _ = trl_cdr.Scorer
+    with pytest.raises(ImportError):
+        from trl_cdr import scorer  # noqa: F401
+
+
+def test_every_module_opens_with_its_job():
+    for path in FILES:
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
