@@ -19,6 +19,7 @@ FLOORS = {
     "training": 4,
     "annotation": 4,
     "demo": 5,
+    "bench": 5,
     "cli": 6,
     "__main__": 7,
 }

@@ -1,6 +1,7 @@
-"""The `trl-cdr` command. Parses; `demo` and `annotation` do the work, and are imported when their command runs."""
+"""The `trl-cdr` command. Parses; `demo`, `annotation` and `bench` do the work, imported when their command runs."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from .errors import CDRError
 _COMMANDS = {
     "demo": "build a tiny strong/weak pair and train a policy on its labels, offline, in about two minutes",
     "score": "score a JSONL file of prompts and completions",
+    "bench": "measure what scoring costs, beside the naive way",
 }
 
 
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands.add_parser(name, help=summary, add_help=False)
     command, rest = parser.parse_known_args(argv)
     try:
-        {"demo": _demo, "score": _score}[command.command](rest)
+        {"demo": _demo, "score": _score, "bench": _bench}[command.command](rest)
     except CDRError as error:
         print(f"trl-cdr {command.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -62,6 +64,23 @@ def _score(argv: list[str]) -> None:
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     score_file(arguments, config)
+
+
+def _bench(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="trl-cdr bench", description=_describe("bench"))
+    parser.add_argument("--workload", choices=["head"], default="head", help="head: peak memory of a large vocabulary")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    args = parser.parse_args(argv)
+
+    import torch
+
+    from .bench import bench_head, print_head
+
+    result = bench_head("cuda" if torch.cuda.is_available() else "cpu")
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_head(result)
 
 
 def _describe(command: str) -> str:

@@ -1,0 +1,33 @@
+"""Score completions: which of these does the pair prefer, and by how many nats?
+
+    python examples/01_score.py           # the paper's pair of 7B models: a GPU with 32 GB, and the Hub
+    python examples/01_score.py --tiny    # the demo's pair: any machine, no network
+"""
+
+import argparse
+
+from trl_cdr import DensityRatioScorer
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--strong", default="NousResearch/Nous-Hermes-2-Mistral-7B-DPO")
+parser.add_argument("--weak", default="teknium/OpenHermes-2.5-Mistral-7B")
+parser.add_argument("--tiny", action="store_true", help="run on the demo's pair, built from scratch in a minute")
+args = parser.parse_args()
+
+question = "what is 3 + 5 ?"
+completions = ["the answer is 8 .", "the answer is 9 .", "go away , i do not care ."]
+if args.tiny:
+    from trl_cdr.demo.models import build_checkpoints
+
+    checkpoints = build_checkpoints()
+    args.strong, args.weak = str(checkpoints.mild), str(checkpoints.base)
+
+scorer = DensityRatioScorer(args.strong, args.weak)
+prompts = [[{"role": "user", "content": question}]] * len(completions)
+scores = scorer.score(prompts, completions)
+
+print(f"{question}\n{'log-ratio':>10}{'strong':>9}{'weak':>9}{'tokens':>8}")
+for completion, score in zip(completions, scores, strict=True):
+    print(f"{score.value:>+10.2f}{score.strong_logps:>9.2f}{score.weak_logps:>9.2f}{score.n_tokens:>8}  {completion}")
+best = max(range(len(scores)), key=lambda index: scores[index].value)
+print(f"preferred: {completions[best]}")

@@ -1,0 +1,126 @@
+"""The command line as its users meet it: what it prints, what it writes, and how it refuses."""
+
+import json
+
+import pytest
+from tiny import chat
+
+from trl_cdr import DensityRatioScorer, __version__
+from trl_cdr.cli import main
+
+ROWS = [
+    {"prompt": "hello", "completion": " world", "id": 7},
+    {"prompt": chat("hello"), "completion": "what is this", "finished": False, "domain": "chat"},
+    {"prompt": "hello", "completion": None},
+]
+
+
+@pytest.fixture
+def arguments(tmp_path, checkpoints):
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    pair = ["--cdr_strong", checkpoints["strong"], "--cdr_weak", checkpoints["weak"]]
+    return ["score", "--input", str(source), "--output_dir", str(tmp_path / "out"), *pair]
+
+
+def read(tmp_path, name="scores.jsonl"):
+    return [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
+
+
+def fails(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_score(arguments, tmp_path, checkpoints, capsys):
+    main(arguments)
+    written = read(tmp_path)
+    assert [{key: row[key] for key in row if key != "score"} for row in written] == ROWS
+    expected = DensityRatioScorer(checkpoints["strong"], checkpoints["weak"]).score(
+        ["hello", chat("hello")], [" world", "what is this"], finished=[True, False]
+    )
+    assert [row["score"]["value"] for row in written[:2]] == pytest.approx([e.value for e in expected], abs=1e-4)
+    assert written[2]["score"]["value"] is None
+    assert "the completion is None" in written[2]["score"]["error"]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["rows"], summary["scored"], sum(summary["unscorable"].values())) == (3, 2, 1)
+    assert "2 of 3" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on(arguments, tmp_path):
+    arguments += ["--batch_size", "1"]
+    main(arguments)
+    whole = (tmp_path / "out" / "scores.jsonl").read_text()
+    first, second, *_ = whole.splitlines(keepends=True)
+    marked = first.replace('"value": ', '"value": 1')  # what is there is kept, not computed again
+    (tmp_path / "out" / "scores.jsonl").write_text(marked + second[:20])
+    main(arguments)
+    assert (tmp_path / "out" / "scores.jsonl").read_text() == whole.replace(first, marked)
+    main(arguments)  # nothing is left to do
+    assert (tmp_path / "out" / "scores.jsonl").read_text() == whole.replace(first, marked)
+
+
+def test_scores_of_different_runs_do_not_mix(arguments, tmp_path, capsys):
+    main(arguments)
+    err = fails(capsys, [*arguments, "--cdr_reduction", "mean"])
+    assert "holds scores with cdr_reduction='sum', and now it is 'mean'. Pass another output_dir" in err
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    assert "holds the scores of another input" in fails(capsys, arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "rows.jsonl:2 is no JSON"),
+        ("[1]", "rows.jsonl:2 needs the fields prompt and completion"),
+        ('{"prompt": "a"}', "rows.jsonl:2 needs the fields prompt and completion"),
+        ('{"prompt": "a", "completion": "b", "finished": "no"}', "rows.jsonl:2 has finished: 'no'"),
+        ('{"prompt": "a", "completion": "b", "score": 1}', "rows.jsonl:2 has a field score already"),
+    ],
+)
+def test_a_bad_line_is_named_and_nothing_is_scored(arguments, tmp_path, capsys, line, message):
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(ROWS[0])}\n{line}\n")
+    assert message in fails(capsys, arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_can_not_be_parsed(arguments, tmp_path, capsys):
+    assert "unknown arguments: --cdr_foo 3" in fails(capsys, [*arguments, "--cdr_foo", "3"])
+    assert "invalid choice: 'max'" in fails(capsys, [*arguments, "--cdr_reduction", "max"])
+    assert "batch_size is 0" in fails(capsys, [*arguments, "--batch_size", "0"])
+    assert "no such file exists" in fails(capsys, [*arguments, "--input", str(tmp_path / "none")])
+    assert "--config" in fails(capsys, [*arguments, "--config", str(tmp_path / "none.yaml")])
+    assert "can't be loaded" in fails(capsys, [*arguments, "--cdr_weak", str(tmp_path / "none")])
+    assert "invalid choice: 'scores'" in fails(capsys, ["scores"])
+
+
+def test_config_file(arguments, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"cdr_strong: {arguments[6]}\ncdr_weak: {arguments[8]}\ncdr_reduction: mean\n")
+    main([*arguments[:5], "--config", str(config)])
+    assert json.loads((tmp_path / "out" / "options.json").read_text())["cdr_reduction"] == "mean"
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["demo", "--help"], ["score", "--help"], ["bench", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+    assert "--cdr_strong" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_bench_prints_ours_beside_the_naive_way(capsys):
+    main(["bench", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["max_difference"] < 1e-4
+    assert result["ours"]["peak_mb"] < 400 < 1000 < result["naive"]["peak_mb"]
+    from trl_cdr.bench import print_head
+
+    print_head(result)
+    assert "trl-cdr" in capsys.readouterr().out

@@ -1,0 +1,33 @@
+"""The examples run as they stand, on the demo's models, and stay short."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_short(path):
+    assert len(path.read_text().splitlines()) <= 80
+
+
+def run(name, *arguments, cwd):
+    script = Path(__file__).parent.parent / "examples" / name
+    command = [sys.executable, str(script), "--tiny", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=cwd).stdout
+
+
+@pytest.mark.slow
+def test_score(tmp_path):
+    assert "preferred: the answer is 8 ." in run("01_score.py", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_online_dpo(tmp_path):
+    out = run("02_online_dpo.py", "--max_steps", "30", "--output_dir", str(tmp_path / "policy"), cwd=tmp_path)
+    first, last = (float(word.rstrip(",;")) for word in out.split() if word[:1] in "+-")
+    assert last > first
+    assert (tmp_path / "policy" / "model.safetensors").exists()
