@@ -1,7 +1,7 @@
 """Score completions: which of these does the pair prefer, and by how many nats?
 
-    python examples/01_score.py           # the paper's pair of 7B models: a GPU with 32 GB, and the Hub
-    python examples/01_score.py --tiny    # the demo's pair: any machine, no network
+python examples/01_score.py           # the paper's pair of 7B models: a GPU with 32 GB, and the Hub
+python examples/01_score.py --tiny    # the demo's pair: any machine, no network
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Online DPO with labels from a strong/weak pair: the policy writes two completions, the pair says which is better.
 
-    python examples/02_online_dpo.py           # 7B pair, 0.5B policy: a GPU with 48 GB, and the Hub
-    python examples/02_online_dpo.py --tiny    # the demo's models: any machine, no network
+python examples/02_online_dpo.py           # 7B pair, 0.5B policy: a GPU with 48 GB, and the Hub
+python examples/02_online_dpo.py --tiny    # the demo's models: any machine, no network
 """
 
 import argparse
@@ -29,7 +29,9 @@ if args.tiny:
     from trl_cdr.demo.models import MAX_NEW_TOKENS, build_checkpoints
 
     checkpoints = build_checkpoints()
-    args.policy, args.strong, args.weak = (str(path) for path in (checkpoints.policy, checkpoints.mild, checkpoints.base))
+    args.policy, args.strong, args.weak = (
+        str(path) for path in (checkpoints.policy, checkpoints.mild, checkpoints.base)
+    )
     dataset = Dataset.from_list([{"prompt": world.conversation(task)} for task in world.TRAIN])
     settings = {"per_device_train_batch_size": 16, "learning_rate": 1e-3, "max_new_tokens": MAX_NEW_TOKENS}
     settings |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "beta": 0.5}

@@ -13,7 +13,7 @@ from tiny import byte_tokenizer, llama
 
 @pytest.fixture(scope="session", autouse=True)
 def _demo_cache(tmp_path_factory):
-    os.environ["TRL_CDR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ.setdefault("TRL_CDR_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")

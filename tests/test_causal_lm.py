@@ -200,6 +200,15 @@ def test_nothing_there(tmp_path):
         CausalLM.load(str(tmp_path / "nothing"), "weak")
 
 
+def test_loading_where_weights_would_be_empty_is_refused(checkpoints, monkeypatch):
+    """FSDP's RAM-efficient loading leaves every local rank but the first with uninitialised weights."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    CausalLM.load(checkpoints["strong"], "strong")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(ModelError, match="weak can't be loaded under FSDP's RAM-efficient loading.*: false"):
+        CausalLM.load(checkpoints["weak"], "weak")
+
+
 def test_encoder_decoders_are_refused(tmp_path):
     config = T5Config(vocab_size=V, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
     model = T5ForConditionalGeneration(config)

@@ -7,11 +7,26 @@ import threading
 import pytest
 import torch
 from oracle import completion_logps, render, split_text
-from tiny import BRACKETS, answer, byte_tokenizer, chat, llama
+from tiny import BRACKETS, CHATML, answer, byte_tokenizer, chat, llama
 
 from trl_cdr import ConfigError, DensityRatioScorer, InputError, ModelError, Score
 
-WORDS = ["hello", " world", "\n", "  ", "é", "日本", " 🙂", "what is this", "\t", "12", ".", " the", "<think>", "</think>"]
+WORDS = [
+    "hello",
+    " world",
+    "\n",
+    "  ",
+    "é",
+    "日本",
+    " 🙂",
+    "what is this",
+    "\t",
+    "12",
+    ".",
+    " the",
+    "<think>",
+    "</think>",
+]
 
 
 def make_scorer(strong, weak, tokenizer, **options):
@@ -133,9 +148,7 @@ def test_order_batch_and_budget_do_not_matter(strong, weak, tokenizer):
     prompts, completions = rows(20)
     together = values(make_scorer(strong, weak, tokenizer).score(prompts, completions))
     order = random.Random(1).sample(range(20), 20)
-    shuffled = make_scorer(strong, weak, tokenizer).score(
-        [prompts[i] for i in order], [completions[i] for i in order]
-    )
+    shuffled = make_scorer(strong, weak, tokenizer).score([prompts[i] for i in order], [completions[i] for i in order])
     torch.testing.assert_close(values(shuffled), together[order], rtol=0, atol=1e-4)
     alone = make_scorer(strong, weak, tokenizer, token_budget=1).score(prompts, completions)
     torch.testing.assert_close(values(alone), together, rtol=0, atol=1e-4)
@@ -188,7 +201,7 @@ def test_long_prompt_is_cut_on_the_left_and_completion_kept(strong, tokenizer):
     prompt, completion = "hello world " * 20, " what is this"
     whole, cut_off = scorer.score(["hello", prompt], [completion] * 2)
     assert (whole.truncated, cut_off.truncated) == (False, True)
-    completion_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    completion_ids = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     expected = completion_logps(strong, prompt_ids, completion_ids).sum()
     expected -= completion_logps(short, prompt_ids[-(32 - len(completion_ids)) :], completion_ids).sum()
@@ -209,12 +222,17 @@ def test_long_prompt_is_cut_on_the_left_and_completion_kept(strong, tokenizer):
         ([{"role": "user"}], "x", "content of message 0 of the prompt is None"),
         ([{"content": "hello"}], "x", "message 0 of the prompt has the role None"),
         ([{"role": "user", "content": [{"type": "image"}]}], "x", "only text can be scored"),
-        (chat("hello"), [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], "content is None"),
+        (chat("hello"), [{"role": "assistant", "content": None}], "content is None"),
+        (chat("hello"), [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], "holds tool_calls"),
         (chat("hello"), [*answer("a"), *answer("b")], "has 2 messages"),
         (chat("hello"), [], "has 0 messages"),
         (chat("hello"), [{"role": "user", "content": "x"}], "has the role 'user'"),
         ("", "x", "prompt is empty"),
         (chat("<|im_end|>"), "\ufdd0", "U+FDD0"),
+        ("hello", "\ud83d", "half of a surrogate pair"),
+        ("\udc00", "hello", "half of a surrogate pair"),
+        (chat("hello"), [{"role": "assistant", "content": "a", "reasoning_content": "b"}], "holds reasoning_content"),
+        (chat("hello"), b"bytes", "completion is b'bytes'"),
     ],
 )
 def test_a_bad_row_has_a_reason_and_leaves_the_others_alone(strong, weak, tokenizer, prompt, completion, reason):
@@ -356,6 +374,10 @@ def test_columns_of_the_call_must_be_equally_long(checkpoints):
         scorer.score(["a"], ["c"], completion_ids=[])
     with pytest.raises(InputError, match="prompts is 'hello'"):
         scorer.score("hello", "world")
+    with pytest.raises(InputError, match=r"finished\[1\] is 'no'. Use True, False or None"):
+        scorer.score(["a", "b"], ["c", "d"], finished=[True, "no"])
+    with pytest.raises(InputError, match=r"completion_ids\[0\] is None"):
+        scorer.score(["a"], ["c"], completion_ids=[None])
     assert scorer.score([], []) == []
 
 
@@ -370,8 +392,6 @@ def test_conversations_need_a_template(strong, weak, tmp_path):
     with pytest.raises(ConfigError, match="no chat template.*cdr_chat_template"):
         scorer.score([chat("hello")], ["a"])
     assert scorer.score(["hello"], ["a"])[0].error is None
-    from tiny import CHATML
-
     template = tmp_path / "chatml.jinja"
     template.write_text(CHATML)
     with_template = make_scorer(strong, weak, bare, chat_template=str(template)).score([chat("hello")], ["a"])

@@ -15,7 +15,9 @@ BRACKETS = (
     "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
-_TEXT = "hello world what is this and that\n\n user assistant\n\n system the  quick brown fox jumps over a lazy dog " * 20
+_TEXT = (
+    "hello world what is this and that\n\n user assistant\n\n system the  quick brown fox jumps over a lazy dog " * 20
+)
 
 
 def byte_tokenizer(size: int = 320, *, template: str | None = CHATML, bos: bool = False) -> PreTrainedTokenizerFast:

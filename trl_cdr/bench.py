@@ -41,7 +41,8 @@ def bench_head(device: str = "cpu") -> dict[str, Any]:
     takes the logits of the whole padded batch and their float32 log_softmax.
 
     Returns:
-        `dict`: `ours` and `naive` (each `seconds`, `peak_mb`), `max_difference` (nats per token), `weights_mb`, `settings`.
+        `dict`: `ours` and `naive` (each `seconds` and `peak_mb`), `max_difference` (nats per token), `weights_mb`,
+        `settings`.
     """
     model = _llama(device)
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +72,9 @@ def bench_head(device: str = "cpu") -> dict[str, Any]:
 def print_head(result: dict[str, Any]) -> None:
     """The result as a table on stdout."""
     settings = result["settings"]
-    table = Table(title=f"Scoring {settings['rows']} x {settings['tokens']} tokens, vocabulary 32,000", title_justify="left")
+    table = Table(
+        title=f"Scoring {settings['rows']} x {settings['tokens']} tokens, vocabulary 32,000", title_justify="left"
+    )
     table.add_column("")
     table.add_column("peak above weights", justify="right")
     table.add_column("seconds", justify="right")
@@ -106,8 +109,8 @@ def _naive_logps(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
     ids = torch.tensor([row.ids for row in rows], device=model.device)  # (B, T)
     with torch.inference_mode():
         logps = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)  # (B, T, V)
-        logps = logps[:, rows[0].predicting].gather(2, ids[:, len(rows[0].prompt_ids) :, None])
-    return logps.squeeze(2).cpu()
+        gathered: Tensor = logps[:, rows[0].predicting].gather(2, ids[:, len(rows[0].prompt_ids) :, None])
+    return gathered.squeeze(2).cpu()
 
 
 def _measure(run: Callable[[], Tensor], device: str) -> tuple[Cost, Tensor]:
@@ -131,7 +134,8 @@ class _MemorySampler(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self._process = psutil.Process()
-        self._start = self._peak = self._process.memory_info().rss
+        self._start: int = self._process.memory_info().rss
+        self._peak = self._start
         self._is_done = threading.Event()
 
     def run(self) -> None:
@@ -141,4 +145,5 @@ class _MemorySampler(threading.Thread):
     def stop(self) -> int:
         self._is_done.set()
         self.join()
-        return self._peak - self._start
+        above: int = self._peak - self._start
+        return above

@@ -7,13 +7,15 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import ModelError
 from .encoding import Row
@@ -46,10 +48,10 @@ class CausalLM:
     """
 
     def __init__(self, model: nn.Module, role: str, *, seed: int = 0) -> None:
-        self.model: Any = model
+        self.model = cast(Any, model)
         self._role = role
         self._config = _text_config(model, role)
-        self._head: Any = self.model.get_output_embeddings()
+        self._head = self.model.get_output_embeddings()
         if self._head is None:
             raise ModelError(
                 f"{role} is a {type(model).__name__}, which has no language-modelling head. Load it with "
@@ -86,6 +88,7 @@ class CausalLM:
         Raises:
             ModelError: nothing can be loaded from there, an encoder-decoder, or weights that the checkpoint lacks.
         """
+        _refuse_partial_weights(role)
         place = PartialState().device if device == "auto" else torch.device(device)
         kwargs = {
             "revision": revision,
@@ -96,9 +99,7 @@ class CausalLM:
             **(init_kwargs or {}),
         }
         try:
-            config = AutoConfig.from_pretrained(
-                name, revision=kwargs["revision"], trust_remote_code=kwargs["trust_remote_code"]
-            )
+            config = AutoConfig.from_pretrained(name, **hub_kwargs(kwargs))
             _refuse_encoder_decoder(config, role)
             cuda = [place.index or 0] if place.type == "cuda" else []
             with torch.random.fork_rng(devices=cuda):  # loading may draw; the trainer's numbers must not shift
@@ -255,7 +256,8 @@ class CausalLM:
     def _check(self) -> None:
         """Whether gathered states through the head, in a padded batch, give the model's own log-probabilities."""
         generator = torch.Generator().manual_seed(self._seed)
-        draw = torch.randint(self.num_embeddings, (19,), generator=generator).tolist()
+        # From the low ids: among the high ones are placeholders of images, which some forwards refuse.
+        draw = torch.randint(min(self.num_embeddings, 256), (19,), generator=generator).tolist()
         rows = [Row(tuple(draw[:3]), tuple(draw[3:7])), Row(tuple(draw[7:12]), tuple(draw[12:]))]
         own = torch.cat([self._run_own_logits(row) for row in rows])
         try:
@@ -263,7 +265,7 @@ class CausalLM:
             tolerance = _TOLERANCE.get(self._head.weight.dtype, 3e-1)
             self._can_gather = torch.allclose(gathered, own, rtol=0, atol=tolerance, equal_nan=True)
             reason = f"they differ by up to {(gathered - own).abs().max():.2g} nats"
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error)
         if not self._can_gather:
             logger.warning(
@@ -275,6 +277,26 @@ class CausalLM:
                 reason,
             )
         self._is_checked = True
+
+
+def _refuse_partial_weights(role: str) -> None:
+    """Under these two, `from_pretrained` gives empty or partitioned weights, and scores that nobody would suspect."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        cause, remedy = "FSDP's RAM-efficient loading", "set fsdp_cpu_ram_efficient_loading: false"
+    elif is_deepspeed_zero3_enabled():
+        cause, remedy = "DeepSpeed ZeRO-3", "use ZeRO-2"
+    else:
+        return
+    raise ModelError(
+        f"{role} can't be loaded under {cause}: its weights would be empty or partitioned. Pass a model that was "
+        f"loaded before the trainer's arguments were made, or {remedy}."
+    )
+
+
+def hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where a repository is, for its config and its tokenizer."""
+    names = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code")
+    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _text_config(model: nn.Module, role: str) -> PretrainedConfig:

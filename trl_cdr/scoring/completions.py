@@ -14,6 +14,9 @@ from .pair import Pair
 
 logger = logging.getLogger(__name__)
 
+# What a parsed response keeps beside its content: the policy wrote it, and scoring the rest alone would mislead.
+_APART = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+
 
 class CompletionReader:
     """
@@ -55,9 +58,10 @@ class CompletionReader:
         """Arguments as in `DensityRatioScorer.score`; one result for each completion, in order."""
         read: list[Completion | Unscorable] = []
         for index, completion in enumerate(completions):
-            text = read_completion(completion)
-            if isinstance(text, Unscorable):
-                read.append(text)
+            try:
+                text = read_completion(completion)
+            except Unscorable as reason:
+                read.append(reason)
                 continue
             ids = None if completion_ids is None else [int(token) for token in completion_ids[index]]
             own_ids = self._own_ids(ids, text) if ids is not None and self._ids_may_match else None
@@ -88,20 +92,23 @@ class CompletionReader:
         return None
 
 
-def read_completion(completion: Any) -> str | Unscorable:
+def read_completion(completion: Any) -> str:
     """The text of a completion: a string, or a conversation that holds one assistant message."""
     if isinstance(completion, str):
-        return completion
+        return read_text(completion, "the completion")
     if not isinstance(completion, Sequence) or not all(isinstance(message, Mapping) for message in completion):
-        return Unscorable(
-            f"the completion is {shorten(completion)}: pass a string or a list with one assistant message"
-        )
+        raise Unscorable(f"the completion is {shorten(completion)}: pass a string or a list with one assistant message")
     if len(completion) != 1:
-        return Unscorable(
+        raise Unscorable(
             f"the completion has {len(completion)} messages: only a single assistant message can be scored"
         )
     if completion[0].get("role") != "assistant":
-        return Unscorable(f"the completion has the role {completion[0].get('role')!r}: a completion is the assistant's")
+        raise Unscorable(f"the completion has the role {completion[0].get('role')!r}: a completion is the assistant's")
+    apart = [name for name in _APART if completion[0].get(name)]
+    if apart:
+        raise Unscorable(
+            f"the completion holds {apart[0]} apart from its content: pass the text as the policy wrote it"
+        )
     return read_text(completion[0].get("content"), "the completion's content")
 
 

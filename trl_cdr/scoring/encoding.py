@@ -28,6 +28,8 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 
 _PROBE = "trl-cdr probe"
+# What a template raises on messages that it does not take: its own refusals, and Python's on fields that are not there.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +52,8 @@ class Row:
         return slice(first, first + len(self.completion_ids))
 
 
-@dataclass(frozen=True, slots=True)
-class Unscorable:
-    """Why a row has no score. Takes a row's place, so that failure is data."""
-
-    reason: str
+class Unscorable(Exception):
+    """Why a row has no score. Raised where that is found; `scorer` keeps it in the row's place, as data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +72,24 @@ class Completion:
     ids: tuple[int, ...] | None = None
 
 
-def read_text(content: Any, name: str) -> str | Unscorable:
+def read_text(content: Any, name: str) -> str:
     """The text of a message's content, which is a string or a list of text parts. `name` is for the reason."""
-    if isinstance(content, str):
-        return content
     if isinstance(content, Sequence) and content and all(_is_text_part(part) for part in content):
-        return "".join(part["text"] for part in content)
-    return Unscorable(f"{name} is {shorten(content)}: only text can be scored. Pass a string or a list of text parts")
+        content = "".join(part["text"] for part in content)
+    if isinstance(content, str):
+        if content.isascii() or not any("\ud800" <= character <= "\udfff" for character in content):
+            return content
+        raise Unscorable(f"{name} holds half of a surrogate pair, which no tokenizer reads: mend its encoding")
+    raise Unscorable(f"{name} is {shorten(content)}: only text can be scored. Pass a string or a list of text parts")
 
 
-def fit(row: Row, max_length: int | None) -> Row | Unscorable:
+def fit(row: Row, max_length: int | None) -> Row:
     """Shorten the prompt from the left until prompt and completion fit; the completion is never touched."""
     if max_length is None or len(row.ids) <= max_length:
         return row
     room = max_length - len(row.completion_ids)
     if room < 1:
-        return Unscorable(
+        raise Unscorable(
             f"the completion has {len(row.completion_ids)} tokens, and with one token of prompt at most {max_length} "
             "fit. Use a model with more positions or a shorter max_completion_length"
         )
@@ -148,38 +149,33 @@ class Encoder:
         """The ids that end a completion: the template's end of turn and the end of text."""
         return frozenset(id for id in (self._end_of_turn_id, self._end_of_text_id) if id is not None)
 
-    def encode(self, prompt: Prompt, completion: Completion) -> Row | Unscorable:
+    def encode(self, prompt: Prompt, completion: Completion) -> Row:
         """
-        One row, or why there is none.
+        One row.
 
         Raises:
+            Unscorable: the row can't be encoded.
             ConfigError: the prompt is a conversation and there is no chat template.
             ModelError: the completion is finished and the tokenizer knows no end token.
         """
-        messages = None if isinstance(prompt, str) else read_messages(prompt)
-        if isinstance(messages, Unscorable):
-            return messages
         text = completion.text if completion.ids is None else ""
-        written = [text] if messages is None else [*(message["content"] for message in messages), text]
-        guarded = self._offsets.spells_control(written)
-        if guarded and self._offsets.has_mark([*written, prompt] if isinstance(prompt, str) else written):
-            return Unscorable("the text holds U+FDD0 beside the spelling of a control token: drop the character")
-        if messages is None:
-            rendered, bos, end_id = str(prompt), self._bos, self._end_of_text_id
+        if isinstance(prompt, str):
+            rendered, bos, end_id = read_text(prompt, "the prompt"), self._bos, self._end_of_text_id
+            guarded = self._needs_guard([text], template_text=prompt)
         else:
+            messages = read_messages(prompt)
+            guarded = self._needs_guard([*(message["content"] for message in messages), text])
             if guarded:
                 messages = [{**message, "content": self._offsets.guard(message["content"])} for message in messages]
-            try:
-                rendered, bos, end_id = self._render(messages), (), self._end_of_turn_id
-            except TemplateError as error:
-                return Unscorable(f"the prompt was refused by {self._role}'s chat template: {error}")
-        tokens = self._offsets.tokenize(rendered, self._offsets.guard(text), guarded=guarded)
+            rendered, bos, end_id = self._render(messages), (), self._end_of_turn_id
+        after = self._offsets.guard(text) if guarded else text
+        tokens = self._offsets.tokenize(rendered, after, guarded=guarded)
         prompt_ids = bos + tokens.ids[: tokens.num_before]
         completion_ids = completion.ids or tokens.ids[tokens.num_before :] + self._end(completion, end_id)
         if not completion_ids:
-            return Unscorable("the completion is empty and was not finished: there is no token to score")
+            raise Unscorable("the completion is empty and was not finished: there is no token to score")
         if not prompt_ids:
-            return Unscorable("the prompt is empty: nothing predicts the first completion token")
+            raise Unscorable("the prompt is empty: nothing predicts the first completion token")
         return Row(prompt_ids, completion_ids)
 
     def holds(self, completion_ids: tuple[int, ...], text: str, end_ids: Collection[int]) -> bool:
@@ -189,6 +185,14 @@ class Encoder:
         if not text:  # any special token decodes to nothing: only an end token is proof
             return len(completion_ids) == 1 and completion_ids[0] in end_ids
         return bool(self.tokenizer.decode(completion_ids, skip_special_tokens=True) == text)
+
+    def _needs_guard(self, written: list[str], *, template_text: str = "") -> bool:
+        """Whether a control token is spelled out in what users and the policy wrote."""
+        if not self._offsets.spells_control(written):
+            return False
+        if self._offsets.has_mark([*written, template_text]):
+            raise Unscorable("the text holds U+FDD0 beside the spelling of a control token: drop the character")
+        return True
 
     def _end(self, completion: Completion, end_id: int | None) -> tuple[int, ...]:
         if not completion.finished:
@@ -202,22 +206,25 @@ class Encoder:
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         """The prompt as text, up to and including the generation prompt; an assistant's last turn is continued."""
-        try:
-            return self._apply_template(messages)
-        except TemplateError:
-            if messages[0].get("role") != "system" or len(messages) < 2:
-                raise
-        # Templates without a system role (Gemma 2, early Mistral) refuse it: its text goes into the first turn.
-        system, first, *rest = messages
-        return self._apply_template([{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest])
-
-    def _apply_template(self, messages: list[dict[str, Any]], *, whole: bool = False) -> str:
-        """`whole`: the last turn is closed, as in training data; else it is left open for the completion."""
         if self.chat_template is None:
             raise ConfigError(
                 f"{self._role}_tokenizer has no chat template, nor has its partner, and the prompt is a conversation. "
                 "Pass cdr_chat_template, the path of a Jinja file, or use string prompts."
             )
+        try:
+            try:
+                return self._apply_template(messages)
+            except _TEMPLATE_ERRORS:
+                if messages[0]["role"] != "system" or len(messages) < 2:
+                    raise
+            # Templates without a system role (Gemma 2, early Mistral) refuse it: its text goes into the first turn.
+            system, first, *rest = messages
+            return self._apply_template([{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest])
+        except _TEMPLATE_ERRORS as error:
+            raise Unscorable(f"the prompt was refused by {self._role}'s chat template: {error}") from None
+
+    def _apply_template(self, messages: list[dict[str, Any]], *, whole: bool = False) -> str:
+        """`whole`: the last turn is closed, as in training data; else it is left open for the completion."""
         continues = not whole and messages[-1].get("role") == "assistant"
         rendered = self.tokenizer.apply_chat_template(
             messages,
@@ -257,7 +264,7 @@ class Encoder:
         for turns in ([user], [system, user]):
             try:
                 rendered = self._apply_template(turns, whole=True)
-            except TemplateError:
+            except _TEMPLATE_ERRORS:
                 continue
             markers |= {token for token in added if token.strip() and token in rendered}
         return markers
@@ -269,7 +276,7 @@ class Encoder:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
         try:
             rendered = self._apply_template(turns, whole=True)
-        except TemplateError:
+        except _TEMPLATE_ERRORS:
             return self._end_of_text_id
         end = self._offsets.control_at_start(rendered.rpartition(_PROBE)[2])
         return self._end_of_text_id if end is None else int(self.tokenizer.convert_tokens_to_ids(end))
@@ -281,19 +288,17 @@ def own_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return template.get("default") if isinstance(template, Mapping) else template
 
 
-def read_messages(prompt: Any) -> list[dict[str, Any]] | Unscorable:
+def read_messages(prompt: Any) -> list[dict[str, Any]]:
     """The prompt's messages, copied, each with its content as one string."""
     if not isinstance(prompt, Sequence) or not all(isinstance(message, Mapping) for message in prompt):
-        return Unscorable(f"the prompt is {shorten(prompt)}: pass a string or a list of messages")
+        raise Unscorable(f"the prompt is {shorten(prompt)}: pass a string or a list of messages")
     if not prompt:
-        return Unscorable("the prompt is an empty conversation: pass at least one message")
+        raise Unscorable("the prompt is an empty conversation: pass at least one message")
     messages = []
     for index, message in enumerate(prompt):
         if not isinstance(message.get("role"), str):
-            return Unscorable(f"message {index} of the prompt has the role {message.get('role')!r}: pass 'user', say")
+            raise Unscorable(f"message {index} of the prompt has the role {message.get('role')!r}: pass 'user', say")
         content = read_text(message.get("content"), f"the content of message {index} of the prompt")
-        if isinstance(content, Unscorable):
-            return content
         messages.append({**message, "content": content})
     return messages
 

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config import CDRConfig
 from ..errors import ConfigError, ModelError
-from .causal_lm import CausalLM
-from .encoding import Completion, Encoder, Prompt, Row, Unscorable, fit, own_chat_template, vocabulary_hash
+from .causal_lm import CausalLM, hub_kwargs
+from .encoding import Completion, Encoder, Prompt, Row, fit, own_chat_template, vocabulary_hash
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,9 @@ class Member:
         added = self.encoder.tokenizer.added_tokens_decoder
         return self.encoder.end_ids | {id for id in self.lm.end_ids if id in added and added[id].special}
 
-    def encode(self, prompt: Prompt, completion: Completion) -> Row | Unscorable:
+    def encode(self, prompt: Prompt, completion: Completion) -> Row:
         """One row that fits the model; see `Encoder.encode` and `fit`."""
-        row = self.encoder.encode(prompt, completion)
-        return row if isinstance(row, Unscorable) else fit(row, self.max_length)
+        return fit(self.encoder.encode(prompt, completion), self.max_length)
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,11 @@ def load_pair(
         ModelError: a model or tokenizer can't be loaded or can't serve.
     """
     revisions = (config.cdr_strong_revision, config.cdr_weak_revision)
-    strong_tokenizer = strong_tokenizer or load_tokenizer(str(strong), "strong_tokenizer", revision=revisions[0])
-    weak_tokenizer = weak_tokenizer or load_tokenizer(str(weak), "weak_tokenizer", revision=revisions[1])
+    hub = hub_kwargs(config.cdr_model_init_kwargs or {})  # type: ignore[arg-type]
+    if strong_tokenizer is None:
+        strong_tokenizer = load_tokenizer(str(strong), "strong_tokenizer", **{"revision": revisions[0], **hub})
+    if weak_tokenizer is None:
+        weak_tokenizer = load_tokenizer(str(weak), "weak_tokenizer", **{"revision": revisions[1], **hub})
     given = None if config.cdr_chat_template is None else Path(config.cdr_chat_template).read_text(encoding="utf-8")
     templates = [given or own_chat_template(tokenizer) for tokenizer in (strong_tokenizer, weak_tokenizer)]
     members = []
@@ -126,10 +128,10 @@ def load_pair(
     return Pair(members[0], members[1], shares)
 
 
-def load_tokenizer(name: str, argument: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint. `argument` names it in the error."""
+def load_tokenizer(name: str, argument: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, with `from_pretrained`'s arguments. `argument` names it in the error."""
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        return AutoTokenizer.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         raise ModelError(f"{argument} can't be loaded from {name!r}: {error}") from error
 

@@ -143,7 +143,7 @@ class DensityRatioScorer:
             ConfigError: conversations without any chat template, or a pair that was lost by pickling.
             ModelError: a model can't be loaded or can't serve, or memory does not hold a single row.
         """
-        _check_lengths(
+        _check_columns(
             prompts, completions=completions, completion_ids=completion_ids, finished=finished, domains=domains
         )
         if len(prompts) == 0:
@@ -163,7 +163,7 @@ class DensityRatioScorer:
         scores = []
         for row, completion, domain in zip(rows, read, domains, strict=True):
             if isinstance(row, Unscorable):
-                score = Score(None, error=row.reason)
+                score = Score(None, error=str(row))
             else:
                 score = _reduce(row, *next(logps), reduction=self.config.cdr_reduction)
             ended = None if isinstance(completion, Unscorable) else completion.finished
@@ -218,7 +218,7 @@ class DensityRatioScorer:
         self._set_up(state["models"], state["tokenizers"], state["policy"])
 
 
-def _check_lengths(prompts: Any, **others: Any) -> None:
+def _check_columns(prompts: Any, **others: Any) -> None:
     for name, values in {"prompts": prompts, **others}.items():
         if values is None:
             continue
@@ -228,6 +228,14 @@ def _check_lengths(prompts: Any, **others: Any) -> None:
             raise InputError(
                 f"{name} has {len(values)} rows and prompts has {len(prompts)}: the two are read side by side. "
                 "Pass as many of one as of the other."
+            )
+    for index, said in enumerate(others["finished"] if others["finished"] is not None else ()):
+        if said not in (True, False, None):
+            raise InputError(f"finished[{index}] is {said!r}. Use True, False or None.")
+    for index, ids in enumerate(others["completion_ids"] if others["completion_ids"] is not None else ()):
+        if ids is None or isinstance(ids, str):
+            raise InputError(
+                f"completion_ids[{index}] is {ids!r}. Pass a list of token ids for each row, or none at all."
             )
 
 
@@ -240,14 +248,10 @@ def _encode(
         if isinstance(completion, Unscorable):
             encoded.append(completion)
             continue
-        strong = pair.strong.encode(prompt, completion)
-        weak = pair.weak.encode(prompt, completion)
-        if isinstance(strong, Unscorable):
-            encoded.append(strong)
-        elif isinstance(weak, Unscorable):
-            encoded.append(weak)
-        else:
-            encoded.append((strong, weak))
+        try:
+            encoded.append((pair.strong.encode(prompt, completion), pair.weak.encode(prompt, completion)))
+        except Unscorable as reason:
+            encoded.append(reason)
     return encoded
 
 

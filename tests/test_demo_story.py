@@ -1,0 +1,56 @@
+"""The demo, whole: margins, not exact figures."""
+
+import json
+
+import pytest
+
+from trl_cdr.demo import models, story
+from trl_cdr.demo.figure import draw_gold
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_it_claims(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRL_CDR_CACHE", str(tmp_path / "cache"))
+    summary = story.run_demo(tmp_path / "out")
+
+    accuracy, gold = summary["accuracy"], summary["gold"]
+    assert accuracy["pairs"] >= 300
+    assert accuracy["ratio"] >= 0.9
+    assert accuracy["strong_logp"] <= 0.6
+    assert 0.4 < accuracy["length"] < 0.6
+    assert 0.4 < accuracy["random"] < 0.6
+    assert gold["cdr"] - gold["start"] >= 0.2
+    assert gold["cdr"] - gold["random"] >= 0.2
+    assert {curve["gold"][0] for curve in summary["curves"].values()} == {gold["start"]}  # one policy, one evaluation
+
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert (tmp_path / "out" / "gold.png").read_bytes().startswith(PNG)
+    printed = capsys.readouterr().out
+    assert f"{accuracy['ratio']:.1%}" in printed
+    assert f"{gold['cdr']:.2f}" in printed
+
+
+def test_preferred_counts_ties_half():
+    assert story._preferred([1.0, 0.0, 2.0, 3.0], [0.0, 1.0, 2.0, 1.0]) == 2.5 / 4
+
+
+def test_the_gold_reward_wants_the_end_token():
+    end = models.build_tokenizer().eos_token_id
+    prompt = [{"role": "user", "content": "add 1 and 2 ."}]
+    said = [{"role": "assistant", "content": "the answer is 3 ."}]
+    reward = story.gold_reward(end)
+    assert reward(prompts=[prompt] * 2, completions=[said] * 2, completion_ids=[[9, end, 0], [9, 9, 9]]) == [1.0, 0.0]
+
+
+def test_the_random_reward_knows_nothing_but_its_seed():
+    first, second = (story.random_reward(3)(prompts=[None] * 4, completions=[None] * 4) for _ in range(2))
+    assert first == second
+    assert len(set(first)) == 4
+
+
+def test_the_figure_is_drawn_where_lines_end_together(tmp_path):
+    curve = {"steps": [0, 10], "gold": [0.2, 0.7]}
+    draw_gold({"cdr": curve, "gold": curve, "random": curve}, tmp_path / "gold.png")
+    assert (tmp_path / "gold.png").read_bytes().startswith(PNG)

@@ -1,0 +1,58 @@
+"""The README tells the truth: its commands are those that CI runs, its code runs, its options are the config's."""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from trl_cdr import CDRConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_commands_are_what_ci_runs():
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    demo, tests, *_ = blocks("bash")
+    for command in re.split(r" && |\n", (demo + tests).strip()):
+        if command == "pip install torch==2.13.0 -e .":  # the test extra holds it
+            continue
+        assert command.replace("pip install", "pip install --quiet") in ci
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_the_code_names_what_exists(code):
+    tree = ast.parse(code)
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert imports
+    exec(compile(ast.Module(imports, type_ignores=[]), "README", "exec"), {})
+
+
+def test_the_scoring_code_runs(checkpoints, capsys):
+    [code] = [code for code in blocks("python") if "DensityRatioScorer" in code]
+    names = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B")
+    for name, folder in zip(names, (checkpoints["strong"], checkpoints["weak"]), strict=True):
+        code = code.replace(f'"{name}"', repr(folder))
+    exec(code, {})
+    assert len(ast.literal_eval(capsys.readouterr().out)) == 2
+
+
+def test_the_option_table_is_the_config():
+    table = re.findall(r"^\| (`.+?) \| (.+?) \|", README[README.index("## Options") :], flags=re.MULTILINE)
+    listed = {name.strip("` "): default for names, default in table for name in names.split(",")}
+    fields = {field.name.removeprefix("cdr_"): field.default for field in dataclasses.fields(CDRConfig)}
+    assert set(listed) == set(fields)
+    for name, default in listed.items():
+        if default != "required":
+            assert ast.literal_eval(default.strip("`").replace('"', "'")) == fields[name], name
+
+
+def test_what_is_linked_is_there():
+    for target in re.findall(r"\]\((?!http)(.+?)\)", README):
+        assert (ROOT / target).exists(), target

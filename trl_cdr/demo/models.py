@@ -1,0 +1,280 @@
+"""The tiny world's models: tokenizer, architecture, training from scratch, the cache of checkpoints, sampling.
+
+`world` supplies the texts; `story` scores, trains and judges with what is built here. Nothing here reads the gold
+reward: the models differ only in the share of right completions in their data.
+
+Runs on the CPU everywhere (the models are too small to gain from a GPU) and leaves the global random state alone.
+"""
+
+import contextlib
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from . import world
+
+RECIPE_VERSION = 1
+"""Part of the cache folder's name. Raise it with every change that alters the world, the models or their training."""
+
+MAX_NEW_TOKENS = 22
+BATCH_SIZE = 64
+
+_SPECIAL = ("<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Folders that `from_pretrained` loads, each with the shared tokenizer.
+
+    `mild` is `base` trained further on better data: the demo's strong and weak model. `policy` comes from another seed.
+    """
+
+    base: Path
+    mild: Path
+    policy: Path
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one checkpoint is made: from random weights, or from the checkpoint named `parent`."""
+
+    name: str
+    share_right: float
+    steps: int
+    learning_rate: float
+    seed: int
+    parent: str | None = None
+
+
+RECIPES = (
+    Recipe("base", share_right=0.2, steps=600, learning_rate=1e-2, seed=0),
+    Recipe("mild", share_right=0.5, steps=150, learning_rate=2e-3, seed=1, parent="base"),
+    Recipe("policy", share_right=0.3, steps=600, learning_rate=1e-2, seed=2),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion that a model wrote: its text without special tokens, and whether it ended it."""
+
+    text: str
+    finished: bool
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, lower-cased, marks on their own, and a chat template with an end token after every turn."""
+    vocabulary = {token: index for index, token in enumerate([*_SPECIAL, *world.vocabulary()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(behavior="isolated")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        unk_token="<|unk|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        chat_template=_CHAT_TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, which Llama refuses
+    )
+
+
+def build_checkpoints(cache: bool = True) -> Checkpoints:
+    """Train the tiny world's models, or find them in the cache.
+
+    They are kept in `tiny-world-v<RECIPE_VERSION>-transformers<major>` under the folder that the environment variable
+    `TRL_CDR_CACHE` names, else under `trl-cdr` in `$XDG_CACHE_HOME` or `~/.cache`. They are built in a temporary folder
+    beside it that is renamed at the end: a killed build leaves no half of a cache, and of two builds at once one wins.
+    One recipe gives the same bits at every build on a machine.
+
+    Args:
+        cache (`bool`): Take what is cached; `False` builds again and replaces it.
+
+    Raises:
+        OSError: the cache folder can't be written.
+    """
+    # transformers 4 can't load a tokenizer that transformers 5 saved, so each has its own.
+    folder = _cache_folder() / f"tiny-world-v{RECIPE_VERSION}-transformers{transformers.__version__.split('.')[0]}"
+    if not (cache and folder.is_dir()):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as scratch:
+            built = Path(scratch) / "built"
+            _build(built)
+            if not cache and folder.is_dir():
+                folder.rename(Path(scratch) / "replaced")
+            try:
+                built.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was first, with the same recipe
+                    raise
+    return Checkpoints(**{recipe.name: folder / recipe.name for recipe in RECIPES})
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompts: Sequence[list[world.Message]],
+    per_prompt: int,
+    seed: int,
+) -> list[list[Sample]]:
+    """Let a model write `per_prompt` completions to each prompt at temperature 1, at most `MAX_NEW_TOKENS` tokens long.
+
+    The model's training mode and the global random state are as before when it returns.
+    """
+    rendered = tokenizer.apply_chat_template(list(prompts), tokenize=False, add_generation_prompt=True)
+    batch = tokenizer(rendered, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    was_training = model.training
+    model.eval()
+    with one_thread(), torch.no_grad(), _seeded(seed):
+        ids = model.generate(
+            **batch,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=per_prompt,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )[:, batch["input_ids"].shape[1] :]  # (B * per_prompt, T)
+    model.train(was_training)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    ends = (ids == tokenizer.eos_token_id).any(dim=1).tolist()
+    samples = [Sample(text, finished) for text, finished in zip(texts, ends, strict=True)]
+    return [samples[start : start + per_prompt] for start in range(0, len(samples), per_prompt)]
+
+
+def progress() -> Progress:
+    """The demo's progress bars, on stderr; silent where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread inside. Models this small gain little from more, and lose much where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide transformers' own progress bars: a bar for each of a dozen tiny loads says nothing."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _cache_folder() -> Path:
+    if chosen := os.environ.get("TRL_CDR_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-cdr"
+
+
+def _build(folder: Path) -> None:
+    tokenizer = build_tokenizer()
+    with one_thread(), quiet(), progress() as bars:
+        for recipe in RECIPES:
+            bar = bars.add_task(f"training {recipe.name}", total=recipe.steps)
+            model = (
+                LlamaForCausalLM.from_pretrained(folder / recipe.parent) if recipe.parent else _new_model(recipe.seed)
+            )
+            _train(model, tokenizer, recipe=recipe, advance=partial(bars.advance, bar))
+            model.save_pretrained(folder / recipe.name)
+            tokenizer.save_pretrained(folder / recipe.name)
+
+
+def _new_model(seed: int) -> LlamaForCausalLM:
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=192,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.06,  # the usual 0.02 learns three times slower at this width
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with _seeded(seed):
+        return LlamaForCausalLM(config)
+
+
+def _train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, recipe: Recipe, advance: Callable[[], None]
+) -> None:
+    """Train on fresh completions to the prompts that are not held out; the loss counts completion tokens only."""
+    rng = random.Random(recipe.seed)
+    render = tokenizer.apply_chat_template
+    prompts = {
+        task: render(world.conversation(task), tokenize=False, add_generation_prompt=True) for task in world.TRAIN
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(  # a short warm-up, then cosine
+        optimizer, recipe.learning_rate, total_steps=recipe.steps + 1, pct_start=0.1, cycle_momentum=False
+    )
+    model.train()
+    for _ in range(recipe.steps):
+        # Drawn at random, not bucketed by length: length is style, and batches of one style hide it from the model.
+        tasks = rng.choices(world.TRAIN, k=BATCH_SIZE)
+        texts = [prompts[task] + world.sample_completion(task, recipe.share_right, rng) + "<|end|>" for task in tasks]
+        batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+        model(**batch, labels=_completion_labels(batch, tokenizer)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        advance()
+    model.eval()
+
+
+def _completion_labels(batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """The token ids after the assistant's turn opens, -100 elsewhere: (B, T)."""
+    ids = batch["input_ids"]
+    opens = ids == tokenizer.convert_tokens_to_ids("<|assistant|>")
+    completion = (opens.cumsum(dim=1) > 0) & ~opens & (batch["attention_mask"] == 1)
+    return ids.masked_fill(~completion, -100)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU's generator inside, restore its state after. `torch.manual_seed` would seed every GPU as well."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
