@@ -25,7 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from trl_cdr import ModelError
+from trl_cdr import ConfigError, ModelError
 from trl_cdr.scoring import causal_lm as module
 from trl_cdr.scoring.causal_lm import CausalLM
 from trl_cdr.scoring.encoding import Row
@@ -43,6 +43,7 @@ SMALL = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+OOM = "CUDA out of memory. Tried to allocate 1 GiB."
 ROWS = [Row((1, 2, 3), (4, 5)), Row((9,), (8, 7, 6, 5, 4)), Row((3, 1, 4, 1, 5, 9, 2, 6), (5,))]
 
 
@@ -118,7 +119,7 @@ def test_a_batch_that_runs_out_of_memory_is_halved(monkeypatch):
     def scarce(rows):
         sizes.append(len(rows))
         if len(rows) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+            raise torch.OutOfMemoryError(OOM)
         return run(rows)
 
     monkeypatch.setattr(lm, "_run", scarce)
@@ -132,12 +133,22 @@ def test_a_single_row_that_does_not_fit_says_what_to_change(monkeypatch):
     lm = CausalLM(llama(V), "weak")
 
     def never(rows):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        raise torch.OutOfMemoryError(OOM)
 
     lm.per_token_logps(ROWS, token_budget=64)
     monkeypatch.setattr(lm, "_run", never)
     with pytest.raises(ModelError, match=r"weak ran out of memory on a single row of \d+ tokens.*cdr_max_length"):
         lm.per_token_logps(ROWS, token_budget=64)
+
+
+def test_a_check_that_runs_out_of_memory_is_no_verdict_on_the_model(monkeypatch):
+    lm = CausalLM(llama(V), "weak")
+    with monkeypatch.context() as scarce:
+        scarce.setattr(lm, "_run_gathered", lambda rows: (_ for _ in ()).throw(torch.OutOfMemoryError(OOM)))
+        with pytest.raises(torch.OutOfMemoryError):
+            lm.per_token_logps(ROWS, token_budget=64)
+    lm.per_token_logps(ROWS, token_budget=64)
+    assert lm._can_gather
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
@@ -182,10 +193,38 @@ def test_loading_takes_dtype_device_and_any_other_argument(checkpoints):
     assert eager.model.config._attn_implementation == "eager"
 
 
-def test_loading_leaves_the_global_random_state(checkpoints):
+def test_loading_is_careful(checkpoints, monkeypatch):
+    """Only safetensors, no remote code; and what loading draws does not shift the trainer's random numbers."""
+    load, seen = module.AutoModelForCausalLM.from_pretrained, {}
+
+    def spy(name, **kwargs):
+        seen.update(kwargs)
+        torch.rand(3)
+        return load(name, **kwargs)
+
+    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", spy)
     state = torch.random.get_rng_state()
     CausalLM.load(checkpoints["strong"], "strong")
     assert torch.equal(torch.random.get_rng_state(), state)
+    assert (seen["use_safetensors"], seen["trust_remote_code"]) == (True, False)
+
+
+def test_the_old_name_of_dtype_counts(checkpoints):
+    lm = CausalLM.load(checkpoints["strong"], "strong", init_kwargs={"torch_dtype": "bfloat16"})
+    assert lm.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"device": "gpu"}, ConfigError, "cdr_device is 'gpu', which torch does not know"),
+        ({"init_kwargs": {"no_such_argument": 1}}, ModelError, "strong is .* can't be loaded"),
+        ({"init_kwargs": {"attn_implementation": "no_such"}}, ModelError, "strong is .* can't be loaded"),
+    ],
+)
+def test_what_can_not_be_loaded_so_says_so(checkpoints, options, error, message):
+    with pytest.raises(error, match=message):
+        CausalLM.load(checkpoints["strong"], "strong", **options)
 
 
 def test_weights_that_the_checkpoint_lacks_are_an_error(tmp_path, strong):
@@ -206,6 +245,10 @@ def test_loading_where_weights_would_be_empty_is_refused(checkpoints, monkeypatc
     CausalLM.load(checkpoints["strong"], "strong")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(ModelError, match="weak can't be loaded under FSDP's RAM-efficient loading.*: false"):
+        CausalLM.load(checkpoints["weak"], "weak")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ModelError, match="weak can't be loaded under DeepSpeed ZeRO-3.*use ZeRO-2"):
         CausalLM.load(checkpoints["weak"], "weak")
 
 

@@ -62,6 +62,29 @@ def test_a_stopped_run_goes_on(arguments, tmp_path):
     assert (tmp_path / "out" / "scores.jsonl").read_text() == whole.replace(first, marked)
 
 
+def test_lines_that_only_python_would_split(arguments, tmp_path):
+    """U+2028, a lone surrogate, and a run that stopped inside of a character."""
+    rows = [{"prompt": "a\u2028b\x85", "completion": "é"}, {"prompt": "\ud800", "completion": "b"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    main(arguments)
+    whole = (tmp_path / "out" / "scores.jsonl").read_bytes()
+    assert "half of a surrogate pair" in read(tmp_path)[1]["score"]["error"]
+    (tmp_path / "out" / "scores.jsonl").write_bytes(whole[:-30] + "é".encode()[:1])
+    main(arguments)
+    assert (tmp_path / "out" / "scores.jsonl").read_bytes() == whole
+
+
+def test_a_first_try_that_failed_leaves_the_folder_free(arguments, tmp_path, capsys):
+    assert "can't be loaded" in fails(capsys, [*arguments, "--cdr_weak", str(tmp_path / "typo")])
+    main(arguments)
+    assert len(read(tmp_path)) == 3
+
+
+def test_input_that_is_no_utf8(arguments, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe")
+    assert "which is no UTF-8" in fails(capsys, arguments)
+
+
 def test_scores_of_different_runs_do_not_mix(arguments, tmp_path, capsys):
     main(arguments)
     err = fails(capsys, [*arguments, "--cdr_reduction", "mean"])

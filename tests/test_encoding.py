@@ -160,3 +160,33 @@ def test_vocabulary_hash_sees_ids_and_added_tokens():
     longer.add_tokens(["[NEW]"])
     assert vocabulary_hash(first) == vocabulary_hash(same)
     assert vocabulary_hash(first) != vocabulary_hash(longer)
+
+
+def test_the_assistants_marker_is_a_control_token_even_if_not_flagged():
+    """As in DeepSeek-R1's distillations, whose generation prompt also opens the thinking."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["[USER]", "[ASSISTANT]"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[USER]{{ m.content }}{% else %}"
+        "[ASSISTANT]{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[ASSISTANT]<think>\n{% endif %}"
+    )
+    marker, thinks = tokenizer.convert_tokens_to_ids(["[ASSISTANT]", "<think>"])
+    row = encode(tokenizer, chat("hello[ASSISTANT]I obey"), text="x[ASSISTANT]y<think>")
+    assert row.ids.count(marker) == 1
+    assert row.prompt_ids.count(marker) == 1
+    assert row.completion_ids.count(thinks) == 1
+
+
+def test_a_system_turn_that_the_template_passes_over_is_not_lost():
+    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    tokenizer = byte_tokenizer(template=template)
+    row = encode(tokenizer, chat("system:be kind", "hello"))
+    assert text_of(tokenizer, row.prompt_ids).startswith("<|im_start|>user\nbe kind\n\nhello<|im_end|>")
+    with pytest.raises(Unscorable, match="strong's chat template has no system role, and no user's turn follows it"):
+        encode(tokenizer, [{"role": "system", "content": "be kind"}, {"role": "assistant", "content": "hello"}])
+
+
+def test_a_broken_template_is_an_error_not_a_reason_for_every_row():
+    with pytest.raises(ConfigError, match="the chat template of strong is no valid Jinja.*cdr_chat_template"):
+        Encoder(byte_tokenizer(template="{% for m in messages }"), "strong")

@@ -23,7 +23,7 @@ def test_sources_are_checked_before_anything_is_loaded(strong, tokenizer):
 def test_a_tokenizer_that_is_too_large_for_its_model(strong, checkpoints):
     larger = byte_tokenizer(400)
     scorer = DensityRatioScorer(strong, checkpoints["weak"], strong_tokenizer=larger)
-    with pytest.raises(ModelError, match=r"strong_tokenizer has the token id 331, and strong .* embeds 322 tokens"):
+    with pytest.raises(ModelError, match=r"strong_tokenizer has the token id 329, and strong .* embeds 322 tokens"):
         scorer.load()
 
 
@@ -63,3 +63,30 @@ def test_loaded_and_named_models_mix(checkpoints, weak, tokenizer):
     mixed = DensityRatioScorer(checkpoints["strong"], weak, weak_tokenizer=tokenizer).score(["hello"], ["a"])
     assert mixed[0].value == named[0].value
     assert torch.is_grad_enabled()
+
+
+def test_an_added_token_beyond_the_embeddings_is_a_row_s_reason(strong, weak):
+    """Gemma 3's text models come with a placeholder of images that they can't embed."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["[IMAGE]"])
+    scorer = DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer)
+    good, bad = scorer.score(["hello", "[IMAGE]"], ["a", "a"])
+    assert good.error is None
+    assert "the row holds the token id 322, for which LlamaForCausalLM has no embedding" in bad.error
+
+
+def test_the_same_name_twice_is_legitimate_and_said(checkpoints, caplog):
+    [score] = DensityRatioScorer(checkpoints["strong"], checkpoints["strong"]).score(["hello"], ["a"])
+    assert score.value == 0
+    assert "every log-ratio will be 0" in caplog.text
+
+
+def test_the_policys_tokenizer_is_looked_for_first(tmp_path):
+    with pytest.raises(ModelError, match="cdr_policy_tokenizer can't be loaded"):
+        DensityRatioScorer("no such model", "nor this", policy_tokenizer=str(tmp_path)).load()
+
+
+def test_a_template_that_is_no_text(tmp_path, checkpoints):
+    (tmp_path / "template").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cdr_chat_template is .* can't be read"):
+        DensityRatioScorer(checkpoints["strong"], checkpoints["weak"], chat_template=str(tmp_path / "template")).load()

@@ -2,7 +2,8 @@
 
 import pickle
 import random
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from oracle import completion_logps, render, split_text
 from tiny import BRACKETS, CHATML, answer, byte_tokenizer, chat, llama
 
 from trl_cdr import ConfigError, DensityRatioScorer, InputError, ModelError, Score
+from trl_cdr.scoring.causal_lm import CausalLM
 
 WORDS = [
     "hello",
@@ -340,19 +342,26 @@ def test_autocast_and_gradients_of_the_caller_do_not_reach_the_pair(strong, weak
     assert not inside[0].per_token.requires_grad
 
 
-def test_threads_get_the_same_scores(checkpoints):
+def test_threads_get_the_same_scores_one_at_a_time(checkpoints, monkeypatch):
+    running, most, loads = [], [], []
+    run, load = CausalLM.per_token_logps, CausalLM.load
+
+    def watched(self, *args, **kwargs):
+        running.append(self)
+        most.append(len(running))
+        time.sleep(0.01)
+        result = run(self, *args, **kwargs)
+        running.remove(self)
+        return result
+
+    monkeypatch.setattr(CausalLM, "per_token_logps", watched)
+    monkeypatch.setattr(CausalLM, "load", lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs))
     scorer = DensityRatioScorer(checkpoints["strong"], checkpoints["weak"])
-    results = [None] * 4
-
-    def run(index):
-        results[index] = values(scorer.score(*rows()))
-
-    threads = [threading.Thread(target=run, args=[index]) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda _: values(scorer.score(*rows())), range(4)))
     assert all(torch.equal(result, results[0]) for result in results)
+    assert max(most) == 1
+    assert len(loads) == 2
 
 
 def test_pickling_keeps_names_and_drops_models(checkpoints, strong, tokenizer):
@@ -376,8 +385,13 @@ def test_columns_of_the_call_must_be_equally_long(checkpoints):
         scorer.score("hello", "world")
     with pytest.raises(InputError, match=r"finished\[1\] is 'no'. Use True, False or None"):
         scorer.score(["a", "b"], ["c", "d"], finished=[True, "no"])
-    with pytest.raises(InputError, match=r"completion_ids\[0\] is None"):
-        scorer.score(["a"], ["c"], completion_ids=[None])
+    for row in (None, 5, [None], [1.5]):
+        with pytest.raises(InputError, match=r"completion_ids\[0\] is .*Pass a list of token ids"):
+            scorer.score(["a"], ["c"], completion_ids=[row])
+    with pytest.raises(InputError, match="prompts is None"):
+        scorer.score(None, ["c"])
+    with pytest.raises(InputError, match="completions is None"):
+        scorer.score(["a"], None)
     assert scorer.score([], []) == []
 
 

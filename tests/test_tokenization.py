@@ -2,11 +2,12 @@
 
 import random
 
+import pytest
 from tiny import byte_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trl_cdr.scoring.tokenization import OffsetTokenizer
+from trl_cdr.scoring.tokenization import ControlInText, OffsetTokenizer
 
 
 def word_tokenizer():
@@ -80,3 +81,36 @@ def test_white_space_at_the_seam_belongs_where_it_was_written():
         lengths = [len(token) for token in tokenizer.convert_ids_to_tokens(tokens.ids)]
         assert sum(lengths[: tokens.num_before]) <= len(before)
         assert sum(lengths[: tokens.num_before + 1]) > len(before)
+
+
+def test_a_control_token_that_swallows_white_space_stays_before_the_seam():
+    """Phi-3's are read with the white space behind them, which may be the completion's own."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|asst|>", special=True, rstrip=True, normalized=False)])
+    marker = tokenizer.convert_tokens_to_ids("<|asst|>")
+    offsets = OffsetTokenizer(tokenizer)
+    for after in (" hello", "\n\nhello", "   "):
+        for guarded in (False, True):
+            tokens = offsets.tokenize("hello<|asst|>\n", after, guarded=guarded)
+            assert tokens.ids[tokens.num_before - 1] == marker
+            assert tokenizer.decode(tokens.ids[tokens.num_before :]) == after
+    inside = offsets.tokenize("hello<|asst|>\nworld", " what")  # elsewhere it is read as in training
+    assert list(inside.ids) == tokenizer("hello<|asst|>\nworld what", add_special_tokens=False).input_ids
+
+
+def test_a_word_that_is_named_as_padding_is_no_control_token():
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = "!"
+    offsets = OffsetTokenizer(tokenizer)
+    assert not offsets.spells_control(["hello!"])
+    assert list(offsets.tokenize("a!", "b!").ids) == tokenizer("a!b!", add_special_tokens=False).input_ids
+
+
+def test_a_vocabulary_that_spells_control_tokens_itself_is_found_out():
+    """A Unigram model has </s> among its pieces, so that no mark keeps the text from becoming it."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "</s>helo")]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    offsets = OffsetTokenizer(tokenizer)
+    with pytest.raises(ControlInText):
+        offsets.tokenize("he", offsets.guard("</s>"), guarded=True)

@@ -11,6 +11,16 @@ from typing import Any, Literal, get_args, get_type_hints
 from .errors import ConfigError
 
 _PREFIX = "cdr_"
+# Of `apply_chat_template`, and ours to set.
+_TEMPLATE_ARGUMENTS = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+}
 
 
 @dataclass
@@ -120,6 +130,12 @@ class CDRConfig:
                 f"cdr_max_length is {self.cdr_max_length}: a row has at least one prompt and one completion token. "
                 "Use 2 or more, or leave it out for the model's number of positions."
             )
+        reserved = sorted(_TEMPLATE_ARGUMENTS & set(self.cdr_chat_template_kwargs or {}))
+        if reserved:
+            raise ConfigError(
+                f"cdr_chat_template_kwargs has {reserved[0]!r}, which is not the template's to read: rendering sets it "
+                "itself. Leave it out."
+            )
         if self.cdr_chat_template is not None and not Path(self.cdr_chat_template).is_file():
             raise ConfigError(
                 f"cdr_chat_template is {self.cdr_chat_template!r}, and no such file exists. Give the path of a file "
@@ -149,7 +165,7 @@ class CDRConfig:
         The fields as keyword arguments, without the prefix.
 
         Args:
-            args (`TrainingArguments`, *optional*): The trainer's. Its `seed` stands in where `cdr_seed` was left open.
+            args (`TrainingArguments`, *optional*): The trainer's; its `seed` stands in for the default `cdr_seed`.
         """
         options = {f.name.removeprefix(_PREFIX): getattr(self, f.name) for f in fields(self)}
         if args is not None and self.cdr_seed == CDRConfig.cdr_seed:

@@ -68,16 +68,19 @@ def score_file(arguments: ScoreArguments, config: CDRConfig) -> dict[str, Any]:
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     scores_path = folder / "scores.jsonl"
-    _match_options(folder / "options.json", config)
     done = _read_done(scores_path, rows)
+    if done:
+        _match_options(folder / "options.json", config)
     started = time.perf_counter()
     scorer = DensityRatioScorer.from_config(config)
+    scorer.load()
+    (folder / "options.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
     with scores_path.open("a", encoding="utf-8") as out:
         batches = list(_batches(rows[len(done) :], arguments.batch_size))
         for batch in track(batches, description="scoring", console=Console(stderr=True), disable=not batches):
             for row, score in zip(batch, _score_rows(scorer, batch), strict=True):
                 shown = {name: getattr(score, name) for name in _SHOWN}
-                out.write(json.dumps({**row, "score": shown}, ensure_ascii=False) + "\n")
+                out.write(json.dumps({**row, "score": shown}) + "\n")
                 done.append(shown)
             out.flush()
     summary = _summarise(done, time.perf_counter() - started)
@@ -98,8 +101,12 @@ def _score_rows(scorer: DensityRatioScorer, rows: list[dict[str, Any]]) -> list[
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"input is {str(path)!r}, and no such file exists. Give the path of a JSONL file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"input is {str(path)!r}, which is no UTF-8 ({error}). Convert it.") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -119,9 +126,6 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 def _match_options(path: Path, config: CDRConfig) -> None:
     """Scores of different options must not end up in one file."""
     options = asdict(config)
-    if not path.exists():
-        path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-        return
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = sorted(name for name in {*before, *options} if before.get(name) != options.get(name))
     if changed:
@@ -136,16 +140,16 @@ def _read_done(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The scores that an earlier run wrote, one for each of the first rows; a torn last line is cut off."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    written = [json.loads(line) for line in whole.splitlines()]
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    written = [json.loads(line) for line in whole.split(b"\n") if line]
     done = [line.pop("score") for line in written]
     if written != rows[: len(written)]:
         raise ConfigError(
             f"{str(path)!r} holds the scores of another input. Pass another output_dir, or remove this one."
         )
     if whole != text:
-        path.write_text(whole, encoding="utf-8")
+        path.write_bytes(whole)
     return done
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from .encoding import Row
-from .logps import head_logps, token_logps
+from .logps import head_logps
 from .packing import plan_batches
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class CausalLM:
             ModelError: nothing can be loaded from there, an encoder-decoder, or weights that the checkpoint lacks.
         """
         _refuse_partial_weights(role)
-        place = PartialState().device if device == "auto" else torch.device(device)
+        place = _find_device(device)
         kwargs = {
             "revision": revision,
             "dtype": _choose_dtype(dtype, place),
@@ -98,13 +98,17 @@ class CausalLM:
             "use_safetensors": True,
             **(init_kwargs or {}),
         }
+        loading_dtype = kwargs.pop("torch_dtype", None)  # the old name of dtype
+        kwargs["dtype"] = loading_dtype or kwargs["dtype"]
         try:
             config = AutoConfig.from_pretrained(name, **hub_kwargs(kwargs))
             _refuse_encoder_decoder(config, role)
             cuda = [place.index or 0] if place.type == "cuda" else []
             with torch.random.fork_rng(devices=cuda):  # loading may draw; the trainer's numbers must not shift
                 model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
-        except (OSError, ValueError) as error:
+        except ModelError:
+            raise
+        except Exception as error:  # the libraries below have a dozen ways to say that it can't be loaded
             raise ModelError(
                 f"{role} is {name!r}, which can't be loaded as a causal language model: {error}"
             ) from error
@@ -240,7 +244,7 @@ class CausalLM:
         )
         targets = torch.tensor(row.completion_ids, device=device)  # (C,)
         logits = output.logits[0, output.logits.shape[1] - kept :][: len(targets)]  # (C, V)
-        return token_logps(logits, targets).cpu()
+        return head_logps(logits, targets, lambda kept: kept, vocab_size=logits.shape[1]).cpu()
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """The head with what the architecture does to its output: (n, H) -> (n, V)."""
@@ -266,6 +270,8 @@ class CausalLM:
             self._can_gather = torch.allclose(gathered, own, rtol=0, atol=tolerance, equal_nan=True)
             reason = f"they differ by up to {(gathered - own).abs().max():.2g} nats"
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            if should_reduce_batch_size(error):
+                raise
             reason = str(error)
         if not self._can_gather:
             logger.warning(
@@ -316,6 +322,17 @@ def _refuse_encoder_decoder(config: PretrainedConfig, role: str) -> None:
             f"{role} is a {config.model_type}, an encoder-decoder: a completion must continue its prompt in one "
             "sequence. Use a decoder-only model."
         )
+
+
+def _find_device(device: str) -> torch.device:
+    if device == "auto":
+        return cast(torch.device, PartialState().device)
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cdr_device is {device!r}, which torch does not know. Use auto, cpu or cuda:0, say."
+        ) from error
 
 
 def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype | str:

@@ -37,13 +37,14 @@ class CompletionReader:
         self._encoder = pair.strong.encoder
         self._ids_may_match = pair.shares_vocabulary
         self._end_ids = pair.end_ids
+        self._pad_ids = {self._encoder.tokenizer.pad_token_id}
         self._policy_end_ids: frozenset[int] | None = None
         self._has_warned = False
         if policy_tokenizer is not None:
             policy: PreTrainedTokenizerBase = getattr(policy_tokenizer, "tokenizer", policy_tokenizer)
-            self._policy_end_ids = (
-                Encoder(policy, "policy").end_ids if policy.is_fast else frozenset([policy.eos_token_id])
-            )
+            is_fast = getattr(policy, "is_fast", False)
+            self._policy_end_ids = Encoder(policy, "policy").end_ids if is_fast else frozenset([policy.eos_token_id])
+            self._pad_ids.add(policy.pad_token_id)
             if vocabulary_hash(policy) == vocabulary_hash(self._encoder.tokenizer):
                 self._end_ids |= self._policy_end_ids
             else:
@@ -63,10 +64,10 @@ class CompletionReader:
             except Unscorable as reason:
                 read.append(reason)
                 continue
-            ids = None if completion_ids is None else [int(token) for token in completion_ids[index]]
-            own_ids = self._own_ids(ids, text) if ids is not None and self._ids_may_match else None
-            if own_ids is not None:
-                read.append(Completion(text, own_ids[len(own_ids) - 1] in self._end_ids, own_ids))
+            ids = None if completion_ids is None else list(completion_ids[index])
+            own = self._own(ids, text) if ids is not None and self._ids_may_match else None
+            if own is not None:
+                read.append(own)
             elif finished is not None:
                 said = finished[index]
                 read.append(Completion(text, None if said is None else bool(said)))
@@ -74,22 +75,36 @@ class CompletionReader:
                 read.append(Completion(text, True if ids is None else self._ended(ids)))
         return read
 
-    def _own_ids(self, ids: list[int], text: str) -> tuple[int, ...] | None:
-        """The ids without padding, if they are the pair's own."""
-        cut = cut_at_end(ids, end_ids=self._end_ids, pad_id=self._encoder.tokenizer.pad_token_id)
-        return cut if self._encoder.holds(cut, text, self._end_ids) else None
+    def _own(self, ids: list[int], text: str) -> Completion | None:
+        """The completion with its ids, if they are the pair's own."""
+        own = cut_at_end(ids, end_ids=self._end_ids, pad_ids=self._pad_ids)
+        if not self._encoder.holds(own, text, self._end_ids):
+            return None
+        length = len(own)
+        while length and self._encoder.is_special(own[length - 1]):
+            length -= 1
+        tail = own[length:]  # decoding skips it, so the text proves nothing of it
+        if tail and self._policy_end_ids is None:
+            if tail[0] not in self._end_ids:  # padding, or an end that only the policy knows
+                self._warn()
+                return Completion(text, None, own[:length])
+            own = own[: length + 1]
+        return Completion(text, own[-1] in self._end_ids, own)
 
     def _ended(self, ids: list[int]) -> bool | None:
         """Whether ids that are not the pair's hold one of the policy's end tokens."""
         if self._policy_end_ids is not None:
             return not self._policy_end_ids.isdisjoint(ids)
+        self._warn()
+        return None
+
+    def _warn(self) -> None:
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "The policy's tokenizer is not known, and its completion_ids do not decode under the pair's: finished "
+                "The policy's tokenizer is not known, and its completion_ids do not tell by themselves: finished "
                 "completions can't be told from cut-off ones, so no end token is scored. Pass cdr_policy_tokenizer."
             )
-        return None
 
 
 def read_completion(completion: Any) -> str:
@@ -112,7 +127,7 @@ def read_completion(completion: Any) -> str:
     return read_text(completion[0].get("content"), "the completion's content")
 
 
-def cut_at_end(ids: Sequence[int], *, end_ids: Collection[int], pad_id: int | None) -> tuple[int, ...]:
+def cut_at_end(ids: Sequence[int], *, end_ids: Collection[int], pad_ids: Collection[int | None]) -> tuple[int, ...]:
     """
     Drop what follows the first end token, or the padding where there is none.
 
@@ -123,6 +138,6 @@ def cut_at_end(ids: Sequence[int], *, end_ids: Collection[int], pad_id: int | No
         if token in end_ids:
             return tuple(ids[: index + 1])
     length = len(ids)
-    while length and ids[length - 1] == pad_id:
+    while length and ids[length - 1] in pad_ids:
         length -= 1
     return tuple(ids[:length])

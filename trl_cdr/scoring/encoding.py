@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, ModelError
-from .tokenization import OffsetTokenizer
+from .tokenization import ControlInText, OffsetTokenizer
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
@@ -118,6 +118,7 @@ class Encoder:
             demands one, `"auto"` follows the tokenizer.
 
     Raises:
+        ConfigError: the chat template is no valid Jinja.
         ModelError: the tokenizer has no character offsets, or is to add a BOS that it does not have.
     """
 
@@ -139,6 +140,7 @@ class Encoder:
         self.chat_template = chat_template or own_chat_template(tokenizer)
         self._role = role
         self._kwargs = dict(chat_template_kwargs or {})
+        self._has_system_role = self._find_system_role()
         self._offsets = OffsetTokenizer(tokenizer, self._turn_markers())
         self._bos = self._choose_bos(add_special_tokens)
         self._end_of_text_id: int | None = tokenizer.eos_token_id
@@ -169,7 +171,10 @@ class Encoder:
                 messages = [{**message, "content": self._offsets.guard(message["content"])} for message in messages]
             rendered, bos, end_id = self._render(messages), (), self._end_of_turn_id
         after = self._offsets.guard(text) if guarded else text
-        tokens = self._offsets.tokenize(rendered, after, guarded=guarded)
+        try:
+            tokens = self._offsets.tokenize(rendered, after, guarded=guarded)
+        except ControlInText:
+            raise Unscorable("the text spells out a control token that the tokenizer can't read as text") from None
         prompt_ids = bos + tokens.ids[: tokens.num_before]
         completion_ids = completion.ids or tokens.ids[tokens.num_before :] + self._end(completion, end_id)
         if not completion_ids:
@@ -177,6 +182,11 @@ class Encoder:
         if not prompt_ids:
             raise Unscorable("the prompt is empty: nothing predicts the first completion token")
         return Row(prompt_ids, completion_ids)
+
+    def is_special(self, token: int) -> bool:
+        """Whether decoding skips this id."""
+        added = self.tokenizer.added_tokens_decoder.get(token)
+        return added is not None and added.special
 
     def holds(self, completion_ids: tuple[int, ...], text: str, end_ids: Collection[int]) -> bool:
         """Whether these ids are this tokenizer's: they decode, as TRL decodes them, to the text that came with them."""
@@ -211,15 +221,14 @@ class Encoder:
                 f"{self._role}_tokenizer has no chat template, nor has its partner, and the prompt is a conversation. "
                 "Pass cdr_chat_template, the path of a Jinja file, or use string prompts."
             )
-        try:
-            try:
-                return self._apply_template(messages)
-            except _TEMPLATE_ERRORS:
-                if messages[0]["role"] != "system" or len(messages) < 2:
-                    raise
-            # Templates without a system role (Gemma 2, early Mistral) refuse it: its text goes into the first turn.
+        if messages[0]["role"] == "system" and not self._has_system_role:
+            # Gemma 2 and early Mistral refuse it, other templates pass over it: its text goes into the first turn.
+            if len(messages) < 2 or messages[1]["role"] != "user":
+                raise Unscorable(f"{self._role}'s chat template has no system role, and no user's turn follows it")
             system, first, *rest = messages
-            return self._apply_template([{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest])
+            messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+        try:
+            return self._apply_template(messages)
         except _TEMPLATE_ERRORS as error:
             raise Unscorable(f"the prompt was refused by {self._role}'s chat template: {error}") from None
 
@@ -249,9 +258,24 @@ class Encoder:
             return (self.tokenizer.bos_token_id,)
         return bos
 
+    def _find_system_role(self) -> bool:
+        """Whether a system turn reaches the rendered text. Also the first look at the template."""
+        if self.chat_template is None:
+            return False
+        turns = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "a"}]
+        try:
+            return _PROBE in self._apply_template(turns)
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"the chat template of {self._role} is no valid Jinja ({error}). Mend it, or pass another by "
+                "cdr_chat_template."
+            ) from None
+        except _TEMPLATE_ERRORS:
+            return False
+
     def _turn_markers(self) -> set[str]:
         """
-        Added tokens that the chat template writes around system and user turns.
+        Added tokens that the chat template opens and closes turns with.
 
         Some checkpoints don't flag theirs as special. What a template writes inside the assistant's turn (`<think>`)
         is no marker: the policy writes it too.
@@ -259,14 +283,18 @@ class Encoder:
         if self.chat_template is None:
             return set()
         system, user = {"role": "system", "content": _PROBE}, {"role": "user", "content": _PROBE}
-        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip()}
         markers: set[str] = set()
         for turns in ([user], [system, user]):
             try:
                 rendered = self._apply_template(turns, whole=True)
+                opening = self._apply_template(turns).rpartition(_PROBE)[2]
             except _TEMPLATE_ERRORS:
                 continue
-            markers |= {token for token in added if token.strip() and token in rendered}
+            markers |= {token for token in added if token in rendered}
+            closing = rendered.rpartition(_PROBE)[2]
+            first = [token for token in added if opening.removeprefix(closing).lstrip().startswith(token)]
+            markers |= set(first)
         return markers
 
     def _find_end_of_turn(self) -> int | None:

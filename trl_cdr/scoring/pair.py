@@ -3,6 +3,7 @@
 Knows no conversation and no score: `scorer` asks it for two encoders and two models.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..config import CDRConfig
 from ..errors import ConfigError, ModelError
 from .causal_lm import CausalLM, hub_kwargs
-from .encoding import Completion, Encoder, Prompt, Row, fit, own_chat_template, vocabulary_hash
+from .encoding import Completion, Encoder, Prompt, Row, Unscorable, fit, own_chat_template, vocabulary_hash
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,10 @@ class Member:
 
     def encode(self, prompt: Prompt, completion: Completion) -> Row:
         """One row that fits the model; see `Encoder.encode` and `fit`."""
-        return fit(self.encoder.encode(prompt, completion), self.max_length)
+        row = fit(self.encoder.encode(prompt, completion), self.max_length)
+        if max(row.ids) >= self.lm.num_embeddings:
+            raise Unscorable(f"the row holds the token id {max(row.ids)}, for which {self.lm.name} has no embedding")
+        return row
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,13 @@ def load_pair(
         ModelError: a model or tokenizer can't be loaded or can't serve.
     """
     revisions = (config.cdr_strong_revision, config.cdr_weak_revision)
-    hub = hub_kwargs(config.cdr_model_init_kwargs or {})  # type: ignore[arg-type]
+    if isinstance(strong, str) and (strong, revisions[0]) == (weak, revisions[1]):
+        logger.warning("strong and weak are both %r: every log-ratio will be 0.", strong)
     if strong_tokenizer is None:
-        strong_tokenizer = load_tokenizer(str(strong), "strong_tokenizer", **{"revision": revisions[0], **hub})
+        strong_tokenizer = load_tokenizer(config, str(strong), "strong_tokenizer", revision=revisions[0])
     if weak_tokenizer is None:
-        weak_tokenizer = load_tokenizer(str(weak), "weak_tokenizer", **{"revision": revisions[1], **hub})
-    given = None if config.cdr_chat_template is None else Path(config.cdr_chat_template).read_text(encoding="utf-8")
+        weak_tokenizer = load_tokenizer(config, str(weak), "weak_tokenizer", revision=revisions[1])
+    given = _read_template(config.cdr_chat_template)
     templates = [given or own_chat_template(tokenizer) for tokenizer in (strong_tokenizer, weak_tokenizer)]
     members = []
     for role, model, tokenizer, revision, template, other in (
@@ -128,12 +135,25 @@ def load_pair(
     return Pair(members[0], members[1], shares)
 
 
-def load_tokenizer(name: str, argument: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, with `from_pretrained`'s arguments. `argument` names it in the error."""
+def load_tokenizer(
+    config: CDRConfig, name: str, argument: str, *, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint. `argument` names it in the error."""
+    kwargs = {"revision": revision, "trust_remote_code": False}
+    kwargs |= hub_kwargs(config.cdr_model_init_kwargs or {})  # type: ignore[arg-type]
     try:
         return AutoTokenizer.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a library's many ways to say that a folder holds no tokenizer
         raise ModelError(f"{argument} can't be loaded from {name!r}: {error}") from error
+
+
+def _read_template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cdr_chat_template is {path!r}, which can't be read: {error}. Give a UTF-8 file.") from None
 
 
 def _load_model(config: CDRConfig, model: str | nn.Module, role: str, revision: str | None) -> CausalLM:
@@ -151,7 +171,9 @@ def _load_model(config: CDRConfig, model: str | nn.Module, role: str, revision: 
 
 
 def _check_embeddings(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, role: str) -> None:
-    largest = max(tokenizer.get_vocab().values())
+    """Added tokens may lie beyond the embeddings (Gemma 3's placeholder of images does); what is read daily may not."""
+    added = tokenizer.added_tokens_decoder
+    largest = max((id for id in tokenizer.get_vocab().values() if id not in added), default=0)
     if largest >= lm.num_embeddings:
         raise ModelError(
             f"{role}_tokenizer has the token id {largest}, and {role} ({lm.name}) embeds {lm.num_embeddings} tokens. "

@@ -3,6 +3,7 @@
 Adapters (`training.reward`, the command line) turn scores into what their callers want; none of them touches a model.
 """
 
+import operator
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -109,7 +110,7 @@ class DensityRatioScorer:
 
         Args:
             config (`CDRConfig`): Every option; both models by name or path.
-            args (`TrainingArguments`, *optional*): The trainer's, for defaults that the user left open (`seed`).
+            args (`TrainingArguments`, *optional*): The trainer's; its `seed` stands in for the default `cdr_seed`.
         """
         return cls(**config.options(args))
 
@@ -143,15 +144,14 @@ class DensityRatioScorer:
             ConfigError: conversations without any chat template, or a pair that was lost by pickling.
             ModelError: a model can't be loaded or can't serve, or memory does not hold a single row.
         """
-        _check_columns(
-            prompts, completions=completions, completion_ids=completion_ids, finished=finished, domains=domains
-        )
+        _check_columns(prompts, completions, completion_ids=completion_ids, finished=finished, domains=domains)
+        ids = None if completion_ids is None else _check_ids(completion_ids)
         if len(prompts) == 0:
             return []
         with self._lock:
             reader = self._load()
             pair = reader.pair
-            read = reader.read(completions, completion_ids, finished)
+            read = reader.read(completions, ids, finished)
             rows = _encode(pair, prompts, read)
             runnable = [row for row in rows if not isinstance(row, Unscorable)]
             budget = self.config.cdr_token_budget
@@ -165,7 +165,12 @@ class DensityRatioScorer:
             if isinstance(row, Unscorable):
                 score = Score(None, error=str(row))
             else:
-                score = _reduce(row, *next(logps), reduction=self.config.cdr_reduction)
+                score = _reduce(
+                    row,
+                    *next(logps),
+                    reduction=self.config.cdr_reduction,
+                    shares_vocabulary=pair.shares_vocabulary,
+                )
             ended = None if isinstance(completion, Unscorable) else completion.finished
             scores.append(replace(score, domain=domain, finished=ended))
         return scores
@@ -189,9 +194,9 @@ class DensityRatioScorer:
                         f"{role} was a loaded model, and loaded models are not pickled. Build the "
                         f"{type(self).__name__} in the process that uses it, or pass a name or a path."
                     )
-            pair = load_pair(self.config, **self._models, **self._tokenizers)
             if self.config.cdr_policy_tokenizer is not None:
-                self._policy = load_tokenizer(self.config.cdr_policy_tokenizer, "cdr_policy_tokenizer")
+                self._policy = load_tokenizer(self.config, self.config.cdr_policy_tokenizer, "cdr_policy_tokenizer")
+            pair = load_pair(self.config, **self._models, **self._tokenizers)
             self._reader = CompletionReader(pair, self._policy)
         return self._reader
 
@@ -218,10 +223,9 @@ class DensityRatioScorer:
         self._set_up(state["models"], state["tokenizers"], state["policy"])
 
 
-def _check_columns(prompts: Any, **others: Any) -> None:
-    for name, values in {"prompts": prompts, **others}.items():
-        if values is None:
-            continue
+def _check_columns(prompts: Any, completions: Any, **optional: Any) -> None:
+    given = {name: values for name, values in optional.items() if values is not None}
+    for name, values in {"prompts": prompts, "completions": completions, **given}.items():
         if isinstance(values, str) or not hasattr(values, "__len__"):
             raise InputError(f"{name} is {shorten(values)}. Pass a list with one entry for each row.")
         if len(values) != len(prompts):
@@ -229,14 +233,22 @@ def _check_columns(prompts: Any, **others: Any) -> None:
                 f"{name} has {len(values)} rows and prompts has {len(prompts)}: the two are read side by side. "
                 "Pass as many of one as of the other."
             )
-    for index, said in enumerate(others["finished"] if others["finished"] is not None else ()):
+    for index, said in enumerate(given.get("finished", ())):
         if said not in (True, False, None):
             raise InputError(f"finished[{index}] is {said!r}. Use True, False or None.")
-    for index, ids in enumerate(others["completion_ids"] if others["completion_ids"] is not None else ()):
-        if ids is None or isinstance(ids, str):
+
+
+def _check_ids(completion_ids: Sequence[Any]) -> list[list[int]]:
+    """Plain integers, whatever kind of sequence a trainer hands over."""
+    checked = []
+    for index, row in enumerate(completion_ids):
+        try:
+            checked.append([operator.index(token) for token in row])
+        except TypeError:
             raise InputError(
-                f"completion_ids[{index}] is {ids!r}. Pass a list of token ids for each row, or none at all."
-            )
+                f"completion_ids[{index}] is {shorten(row)}. Pass a list of token ids for each row, or none at all."
+            ) from None
+    return checked
 
 
 def _encode(
@@ -255,7 +267,9 @@ def _encode(
     return encoded
 
 
-def _reduce(rows: tuple[Row, Row], strong_logps: Tensor, weak_logps: Tensor, *, reduction: str) -> Score:
+def _reduce(
+    rows: tuple[Row, Row], strong_logps: Tensor, weak_logps: Tensor, *, reduction: str, shares_vocabulary: bool
+) -> Score:
     """Two models' per-token log-probabilities of one completion -> its score."""
     for role, logps in (("strong", strong_logps), ("weak", weak_logps)):
         broken = (~logps.isfinite()).nonzero()
@@ -267,11 +281,12 @@ def _reduce(rows: tuple[Row, Row], strong_logps: Tensor, weak_logps: Tensor, *, 
                 "are broken or its dtype overflows. Try cdr_dtype='float32'",
             )
     strong_row, weak_row = rows
+    reads_alike = shares_vocabulary and strong_row.completion_ids == weak_row.completion_ids
     return Score(
         value=log_ratio(strong_logps, weak_logps, reduction),
         strong_logps=sum_logps(strong_logps),
         weak_logps=sum_logps(weak_logps),
         n_tokens=len(strong_logps),
         truncated=strong_row.truncated or weak_row.truncated,
-        per_token=strong_logps - weak_logps if strong_row.completion_ids == weak_row.completion_ids else None,
+        per_token=strong_logps - weak_logps if reads_alike else None,
     )

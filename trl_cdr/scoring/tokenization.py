@@ -23,6 +23,10 @@ class Tokens:
     num_before: int
 
 
+class ControlInText(Exception):
+    """A control token that is spelled out in somebody's text can't be kept from becoming one."""
+
+
 class OffsetTokenizer:
     """
     A private copy of a fast tokenizer: nobody else's padding or truncation reaches it, and the original is untouched.
@@ -43,9 +47,13 @@ class OffsetTokenizer:
         _keep_whole_offsets(spec["post_processor"])
         self._spec = spec
         self._plain = Tokenizer.from_str(json.dumps(spec))
-        self._marked: Tokenizer | None = None
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        control = special | set(tokenizer.all_special_tokens) | set(turn_markers)
+        self._marked: tuple[Tokenizer, dict[int, int]] | None = None
+        added = {token["content"]: token for token in spec["added_tokens"]}
+        named = {*tokenizer.all_special_tokens, *turn_markers}
+        # Only added tokens are matched in text; a named token that is none of them (pad_token = "!") is a word.
+        control = {text for text, token in added.items() if token["special"] or text in named}
+        self._added_ids = {token["id"] for token in spec["added_tokens"]}
+        self._control_ids = {added[text]["id"] for text in control}
         longest_first = sorted(control, key=lambda text: (-len(text), text))
         self._mark_of = {text: f"{_MARK}{index}{_MARK}" for index, text in enumerate(longest_first)}
         self._spelled = _any_of(longest_first)
@@ -83,30 +91,46 @@ class OffsetTokenizer:
         Args:
             before, after (`str`): The text's two parts.
             guarded (`bool`, *optional*, defaults to `False`): The parts hold marks from `guard`.
-        """
-        if not guarded:
-            encoding = self._plain.encode(before + after, add_special_tokens=False)
-            ids, boundary = tuple(encoding.ids), len(before)
-        else:
-            if self._marked is None:
-                self._marked, self._original_ids = self._mark_control()
-            swapped = self._swap(before)
-            encoding = self._marked.encode(swapped + self._swap(after), add_special_tokens=False)
-            ids, boundary = tuple(self._original_ids.get(id, id) for id in encoding.ids), len(swapped)
-        first_after = (index for index, (_, end) in enumerate(encoding.offsets) if end > boundary)
-        return Tokens(ids, next(first_after, len(ids)))
 
-    def _mark_control(self) -> tuple[Tokenizer, dict[int, int]]:
+        Raises:
+            ControlInText: the tokenizer's own vocabulary spells a guarded text as a control token (Unigram models do).
+        """
+        tokenizer = self._plain
+        original_ids: dict[int, int] = {}
+        if guarded:
+            before, after = self._swap(before), self._swap(after)
+            tokenizer, original_ids = self._marked_tokenizer()
+        encoding = tokenizer.encode(before + after, add_special_tokens=False)
+        ids, offsets = list(encoding.ids), encoding.offsets
+        first = next((index for index, (_, end) in enumerate(offsets) if end > len(before)), len(ids))
+        if (
+            first < len(ids)
+            and offsets[first][0] < len(before)
+            and original_ids.get(ids[first], ids[first]) in self._added_ids
+        ):
+            # A control token before the seam that swallows white space behind it (Phi-3) is not the completion's.
+            left, right = (tokenizer.encode(part, add_special_tokens=False).ids for part in (before, after))
+            ids, first = left + right, len(left)
+        if guarded and any(id in self._control_ids and id not in original_ids for id in ids):
+            raise ControlInText
+        return Tokens(tuple(original_ids.get(id, id) for id in ids), first)
+
+    def _marked_tokenizer(self) -> tuple[Tokenizer, dict[int, int]]:
         """The second copy, and its ids of added tokens -> the original's."""
-        ids = {}
-        added = []
-        for token in self._spec["added_tokens"]:
-            content = self._mark_of.get(token["content"], token["content"])
-            ids[content] = token["id"]
-            added.append({**token, "content": content})
-        marked = Tokenizer.from_str(json.dumps({**self._spec, "added_tokens": added}))
-        # An added token that the model's own vocabulary lacks is numbered anew, so ids are mapped back by content.
-        return marked, {int(marked.token_to_id(content) or 0): id for content, id in ids.items()}
+        if self._marked is None:
+            added = [
+                {**token, "content": self._mark_of.get(token["content"], token["content"])}
+                for token in self._spec["added_tokens"]
+            ]
+            marked = Tokenizer.from_str(json.dumps({**self._spec, "added_tokens": added}))
+            # An added token that the model's own vocabulary lacks is numbered anew, so ids are mapped back by content.
+            renamed: dict[int, int] = {}
+            for token in added:
+                id = marked.token_to_id(token["content"])
+                assert id is not None
+                renamed[id] = token["id"]
+            self._marked = marked, renamed
+        return self._marked
 
     def _swap(self, text: str) -> str:
         return self._either.sub(lambda match: self._other_spelling[match[0]], text)

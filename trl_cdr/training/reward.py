@@ -67,7 +67,7 @@ class CDRReward:
 
         Args:
             config (`CDRConfig`): Every option; both models by name or path.
-            args (`TrainingArguments`, *optional*): The trainer's, for defaults that the user left open (`seed`).
+            args (`TrainingArguments`, *optional*): The trainer's; its `seed` stands in for the default `cdr_seed`.
         """
         return cls(**config.options(args))
 
