@@ -6,6 +6,7 @@ import pytest
 from tiny import chat
 
 from trl_cdr import DensityRatioScorer, __version__
+from trl_cdr.bench import workloads
 from trl_cdr.cli import main
 
 ROWS = [
@@ -127,7 +128,7 @@ def test_config_file(arguments, tmp_path):
 
 
 def test_help_and_version(capsys):
-    for arguments in (["--help"], ["demo", "--help"], ["score", "--help"], ["bench", "--help"]):
+    for arguments in (["--help"], ["demo", "--help"], ["score", "--help"], ["bench", "--help"], ["doctor", "--help"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 0
@@ -137,13 +138,46 @@ def test_help_and_version(capsys):
     assert __version__ in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_bench_prints_ours_beside_the_naive_way(capsys):
-    main(["bench", "--json"])
+def test_bench_prints_ours_beside_the_other_ways(checkpoints, capsys, monkeypatch):
+    pair = ["--cdr_strong", checkpoints["strong"], "--cdr_weak", checkpoints["weak"], "--runs", "1"]
+    shapes = [workloads.Shape(40, 2, prompts=2, prompt=5, shortest=3, longest=9), workloads.Shape(0, 1, prompts=1)]
+    monkeypatch.setitem(workloads.WORKLOADS, "single", ("two small calls", shapes))
+    main(["bench", "--workload", "single", "--json", *pair])
     result = json.loads(capsys.readouterr().out)
-    assert result["max_difference"] < 1e-4
-    assert result["ours"]["peak_mb"] < 400 < 1000 < result["naive"]["peak_mb"]
-    from trl_cdr.bench import print_head
+    shared, alone = result["cases"]
+    assert shared["tokens"]["unique"] < shared["tokens"]["padded"]
+    assert alone["tokens"]["unique"] == 64 + 64 - 1
+    for case in result["cases"]:
+        assert case["max_difference"] < 1e-4
+        assert set(case["seconds"]) == {"ours", "cold", "padded", "naive", "plain"}
+    assert result["ways"] == ["packed", "packed"]
+    main(["bench", "--workload", "single", *pair])
+    printed = capsys.readouterr().out
+    assert "2 x 2, prefix 40" in printed
+    assert "Tflop/s" in printed
 
-    print_head(result)
-    assert "trl-cdr" in capsys.readouterr().out
+
+def test_bench_arguments(capsys):
+    assert "--cdr_strong and --cdr_weak go together" in fails(capsys, ["bench", "--cdr_strong", "a"])
+    assert "--runs is 0" in fails(capsys, ["bench", "--runs", "0"])
+    assert "invalid choice: 'all'" in fails(capsys, ["bench", "--workload", "all"])
+
+
+@pytest.mark.slow
+def test_memory_of_a_large_vocabulary_stays_bounded(capsys):
+    """16 x 512 tokens of 32,000: the full logits alone are a gigabyte."""
+    main(["bench", "--workload", "head", "--runs", "1", "--json"])
+    [case] = json.loads(capsys.readouterr().out)["cases"]
+    assert case["max_difference"] < 1e-4
+    assert case["peak_mb"]["ours"] < 400 < 1000 < case["peak_mb"]["naive"]
+
+
+def test_doctor(checkpoints, capsys):
+    main(["doctor"])
+    assert "transformers" in capsys.readouterr().out
+    main(["doctor", "--cdr_strong", checkpoints["strong"], "--cdr_weak", checkpoints["weak"]])
+    printed = capsys.readouterr().out
+    assert printed.count("runs packed") == 2
+    assert "a turn ends with '<|im_end|>'" in printed
+    assert "every row encoded once" in printed
+    assert "unknown arguments: --foo" in fails(capsys, ["doctor", "--foo", "--cdr_strong", "a", "--cdr_weak", "b"])

@@ -26,6 +26,7 @@ NAMES = {
     "cdr_token_budget": 8192,
     "cdr_on_unscorable": "floor",
     "cdr_name": "cdr",
+    "cdr_prefix_cache_tokens": 8192,
     "cdr_seed": 0,
 }
 
@@ -46,6 +47,7 @@ def test_the_public_names_and_defaults():
         ("cdr_max_length", "512", r"cdr_max_length is '512' \(str\). It takes int or None"),
         ("cdr_max_length", 1, "cdr_max_length is 1"),
         ("cdr_token_budget", 0, "cdr_token_budget is 0"),
+        ("cdr_prefix_cache_tokens", -1, "cdr_prefix_cache_tokens is -1"),
         ("cdr_token_budget", 8.5, "cdr_token_budget is 8.5"),
         ("cdr_seed", True, "cdr_seed is True"),
         ("cdr_model_init_kwargs", "{'a': 1}", "no JSON"),

@@ -20,6 +20,7 @@ FLOORS = {
     "annotation": 4,
     "demo": 5,
     "bench": 5,
+    "doctor": 5,
     "cli": 6,
     "__main__": 7,
 }

@@ -1,13 +1,111 @@
-"""Every row once, in batches that fit, the longest first."""
+"""Plans: every token of every row once on its path, where it would stand and see what it would see if it ran alone."""
 
-from hypothesis import given
+import pytest
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_cdr.scoring.packing import plan_batches
+from trl_cdr.scoring.encoding import Row
+from trl_cdr.scoring.packing import MIN_PREFIX, Layout, common_prefix, plan_batches, plan_packs, visible
+
+tokens = st.integers(0, 3)  # few, so that prompts and completions repeat
+completion = st.lists(tokens, min_size=1, max_size=9).map(tuple)
+prompts = st.lists(st.lists(tokens, min_size=1, max_size=6).map(tuple), min_size=1, max_size=4)
+
+
+@st.composite
+def calls(draw):
+    """The rows of a call and the length of the prefix that all of them start with."""
+    prefix = tuple(draw(st.lists(tokens, max_size=5)))
+    choices = draw(prompts)
+    count = draw(st.integers(1, 10))
+    return [Row(prefix + draw(st.sampled_from(choices)), draw(completion)) for _ in range(count)], len(prefix)
+
+
+@settings(deadline=None)
+@given(calls(), st.integers(1, 40), st.sampled_from([None, 1, 2, 5]))
+def test_a_packed_row_is_the_row_run_alone(call, max_tokens, window):
+    rows, num_prefix = call
+    packs = plan_packs(rows, max_tokens=max_tokens, good_tokens=max_tokens, num_prefix=num_prefix)
+    assert sorted(index for pack in packs for index in pack.rows) == list(range(len(rows)))
+    for pack in packs:
+        seen = visible(pack, num_prefix=num_prefix, window=window)
+        assert seen.shape == (len(pack.ids), num_prefix + len(pack.ids))
+        ends = torch.tensor(pack.counts).cumsum(0).tolist()
+        for index, count, end in zip(pack.rows, pack.counts, ends, strict=True):
+            row = rows[index]
+            assert pack.targets[end - count : end].tolist() == list(row.completion_ids)
+            for place, position in zip(
+                pack.predicting[end - count : end].tolist(), range(*row.predicting.indices(len(row.ids))), strict=True
+            ):
+                assert pack.positions[place] == position
+                # What it sees is exactly its own row up to itself: as tokens, and by position.
+                columns = seen[place].nonzero().squeeze(1)
+                before, own = columns[columns < num_prefix], columns[columns >= num_prefix] - num_prefix
+                first = 0 if window is None else max(0, position - window + 1)
+                assert before.tolist() == list(range(first, num_prefix))
+                assert pack.positions[own].tolist() == list(range(max(first, num_prefix), position + 1))
+                assert pack.ids[own].tolist() == list(row.ids[max(first, num_prefix) : position + 1])
+
+
+@settings(deadline=None)
+@given(calls(), st.integers(1, 40))
+def test_packs_are_full_unique_and_deterministic(call, max_tokens):
+    rows, num_prefix = call
+    packs = plan_packs(rows, max_tokens=max_tokens, good_tokens=max_tokens, num_prefix=num_prefix)
+    for pack in packs:
+        assert len(pack.ids) <= max_tokens or len(pack.rows) == 1
+    unlimited = plan_packs(rows, max_tokens=10**6, good_tokens=10**6, num_prefix=num_prefix)
+    assert len(unlimited) == 1
+    distinct = {row.prompt_ids for row in rows}
+    unique = sum(len(prompt) - num_prefix for prompt in distinct) + sum(len(row.completion_ids) - 1 for row in rows)
+    assert len(unlimited[0].ids) == unique
+    again = plan_packs(list(rows), max_tokens=max_tokens, good_tokens=max_tokens, num_prefix=num_prefix)
+    assert [pack.ids.tolist() for pack in again] == [pack.ids.tolist() for pack in packs]
+
+
+def test_a_tree_that_is_too_large_is_split_by_its_completions():
+    rows = [Row((1, 2, 3), (4,) * length) for length in (5, 3, 7, 3)]
+    packs = plan_packs(rows, max_tokens=9, good_tokens=9, num_prefix=0)
+    assert [pack.rows for pack in packs] == [(0, 1), (2,), (3,)]
+    assert [len(pack.ids) for pack in packs] == [9, 9, 5]
+
+
+def test_trees_share_a_pack_only_up_to_a_good_size():
+    rows = [Row((prompt, 2, 3), (4,) * 4) for prompt in range(4)]
+    packs = plan_packs(rows, max_tokens=100, good_tokens=13, num_prefix=0)
+    assert [len(pack.ids) for pack in packs] == [12, 12]
+    large = [Row((1, 2, 3), (4,) * 4) for _ in range(4)]  # one tree is not split for it
+    assert [len(pack.ids) for pack in plan_packs(large, max_tokens=100, good_tokens=5, num_prefix=0)] == [15]
+
+
+PREFIX = tuple(range(100, 100 + MIN_PREFIX))
+
+
+@pytest.mark.parametrize(
+    ("tails", "length"),
+    [
+        ([(1, 2), (3, 4)], MIN_PREFIX),
+        ([(1, 2), (1, 3)], MIN_PREFIX + 1),
+        ([(1,), (1, 3)], MIN_PREFIX),  # the last token of a prompt predicts, so it stays
+        ([(), (1,)], 0),  # which leaves too little here
+        ([(1, 2), (1, 2)], MIN_PREFIX + 1),
+        ([(1, 2)], 0),  # a single row shares with nobody
+    ],
+)
+def test_common_prefix(tails, length):
+    rows = [Row(PREFIX + tail, (9,)) for tail in tails]
+    assert common_prefix(rows) == (PREFIX + tails[0])[:length]
+    assert Layout(rows).prefix == common_prefix(rows)
+
+
+def test_no_rows():
+    assert Layout([]).packs(10, 10) == []
+    assert Layout([]).prefix == ()
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))
-def test_plan(lengths, budget):
+def test_batches(lengths, budget):
     batches = plan_batches(lengths, budget)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:

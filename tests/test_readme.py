@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from families import FAMILIES
 
 from trl_cdr import CDRConfig
 
@@ -54,5 +55,11 @@ def test_the_option_table_is_the_config():
 
 
 def test_what_is_linked_is_there():
-    for target in re.findall(r"\]\((?!http)(.+?)\)", README):
+    for target in re.findall(r"\]\((?!http|#)(.+?)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_families_is_what_the_tests_see():
+    table = dict(re.findall(r"^\| ([^|]+?) \| (packed|padded) \|$", README, flags=re.MULTILINE))
+    listed = {family.strip(): way for names, way in table.items() for family in names.split(";")}
+    assert listed == {family: way for family, (*_, way) in FAMILIES.items()}

@@ -12,6 +12,7 @@ from tiny import BRACKETS, CHATML, answer, byte_tokenizer, chat, llama
 
 from trl_cdr import ConfigError, DensityRatioScorer, InputError, ModelError, Score
 from trl_cdr.scoring.causal_lm import CausalLM
+from trl_cdr.scoring.encoding import Encoder
 
 WORDS = [
     "hello",
@@ -430,3 +431,51 @@ def test_no_end_token_is_an_error_not_a_silent_omission(strong, weak):
 def test_score_is_frozen():
     with pytest.raises(AttributeError):
         Score(1.0).value = 2.0
+
+
+def test_a_pair_that_reads_alike_encodes_each_row_once(strong, weak, tokenizer, monkeypatch):
+    prompts, completions = rows()
+    encoded, encode = [], Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, *args: encoded.append(self) or encode(self, *args))
+    expected = values(make_scorer(strong, weak, tokenizer).score(prompts, completions))
+    assert len(encoded) == len(prompts)
+    encoded.clear()
+    other = byte_tokenizer(bos=True)  # the same vocabulary, but string prompts are read with BOS
+    scorer = DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=other)
+    scores = scorer.score(prompts, completions)
+    assert len(encoded) == 2 * len(prompts)
+    same = torch.tensor([not isinstance(prompt, str) for prompt in prompts])
+    torch.testing.assert_close(values(scores)[same], expected[same], rtol=0, atol=1e-4)
+    assert (values(scores) - expected)[~same].abs().min() > 1e-3
+
+
+def test_groups_behind_a_common_prefix_equal_the_naive_reference(strong, weak, tokenizer):
+    """What GRPO hands over: several completions to each prompt, all behind one system prompt; packed, and cached."""
+    rng = random.Random("groups")
+    system = "system:" + "what is this and that " * 8
+    prompts = [chat(system, text) for text in ("hello", "the quick", "a lazy dog") for _ in range(4)]
+    completions = [random_text(rng, 12) for _ in prompts]
+    scorer = make_scorer(strong, weak, tokenizer)
+    first, again = (scorer.score(prompts, completions) for _ in range(2))
+    assert [score.value for score in first] == [score.value for score in again]
+    expected = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        prompt_ids, ids = split_text(tokenizer, render(tokenizer, prompt), completion, tokenizer.eos_token)
+        strong_logps, weak_logps = (completion_logps(model, prompt_ids, ids).sum() for model in (strong, weak))
+        expected.append(float(strong_logps - weak_logps))
+    torch.testing.assert_close([score.value for score in first], expected, rtol=0, atol=1e-4)
+
+
+def test_unload_lets_go_of_the_pair(checkpoints):
+    scorer = DensityRatioScorer(checkpoints["strong"], checkpoints["weak"])
+    before = values(scorer.score(*rows()))
+    scorer.unload()
+    assert scorer._reader is None
+    assert torch.equal(values(scorer.score(*rows())), before)
+
+
+def test_describe(strong, weak, tokenizer):
+    told = make_scorer(strong, weak, tokenizer).describe()
+    assert told["strong"]["way"] == "packed"
+    assert told["weak"]["max_length"] == 256
+    assert (told["shares_vocabulary"], told["reads_alike"]) == (True, True)

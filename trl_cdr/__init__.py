@@ -12,7 +12,9 @@ The data's way through the package:
         v
     scoring.scorer      DensityRatioScorer.score -> list[Score]          (the one entrance)
         |-- scoring.encoding    text or ids -> token ids; owns the prompt/completion boundary and the end of turn
+        |-- scoring.packing     rows -> packs, in which no token is run twice
         |-- scoring.causal_lm   one frozen model: rows -> per-token log-probs
+        |     |-- scoring.forward   packed, padded or row by row
         |     '-- scoring.logps     hidden states + head -> log-probs, in chunks; no [B, T, V] tensor
         '-- scoring.ratio       two models' log-probs -> log-ratio, reduced
 

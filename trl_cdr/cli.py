@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from . import __version__
 from .errors import CDRError
@@ -12,6 +13,7 @@ _COMMANDS = {
     "demo": "build a tiny strong/weak pair and train a policy on its labels, offline, in about two minutes",
     "score": "score a JSONL file of prompts and completions",
     "bench": "measure what scoring costs, beside the naive way",
+    "doctor": "print versions, and how each model of a pair will run: what a bug report should hold",
 }
 
 
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands.add_parser(name, help=summary, add_help=False)
     command, rest = parser.parse_known_args(argv)
     try:
-        {"demo": _demo, "score": _score, "bench": _bench}[command.command](rest)
+        {"demo": _demo, "score": _score, "bench": _bench, "doctor": _doctor}[command.command](rest)
     except CDRError as error:
         print(f"trl-cdr {command.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -51,36 +53,65 @@ def _demo(argv: list[str]) -> None:
 
 
 def _score(argv: list[str]) -> None:
-    from trl import TrlParser
-
     from .annotation.score_file import ScoreArguments, score_file
     from .config import CDRConfig
 
-    parser = TrlParser((ScoreArguments, CDRConfig), prog="trl-cdr score", description=_describe("score"))
-    try:
-        arguments, config, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    except OSError as error:
-        parser.error(f"--config: {error}")
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    arguments, config = _parse("score", (ScoreArguments, CDRConfig), argv)
     score_file(arguments, config)
 
 
 def _bench(argv: list[str]) -> None:
+    from .bench.workloads import MODELS, WORKLOADS
+
     parser = argparse.ArgumentParser(prog="trl-cdr bench", description=_describe("bench"))
-    parser.add_argument("--workload", choices=["head"], default="head", help="head: peak memory of a large vocabulary")
+    about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
+    parser.add_argument("--workload", choices=WORKLOADS, default="table", help=f"which rows ({about}); default: table")
+    parser.add_argument("--model", choices=MODELS, default="llama-58m", help="architecture of a pair of random weights")
+    parser.add_argument("--cdr_strong", help="measure this model (name or path) in place of random weights")
+    parser.add_argument("--cdr_weak", help="the weak model beside it")
+    parser.add_argument("--cdr_dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on CPU")
+    parser.add_argument("--attention", default="sdpa", help="attention implementation, such as eager; default: sdpa")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="runs after the first, whose medians are printed; default: 5"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     args = parser.parse_args(argv)
+    if (args.cdr_strong is None) != (args.cdr_weak is None):
+        parser.error("--cdr_strong and --cdr_weak go together")
+    if args.runs < 1:
+        parser.error(f"--runs is {args.runs}: use 1 or more")
 
-    import torch
+    from .bench.run import load_pair, print_workload, run_workload
 
-    from .bench import bench_head, print_head
-
-    result = bench_head("cuda" if torch.cuda.is_available() else "cpu")
+    names = None if args.cdr_strong is None else (args.cdr_strong, args.cdr_weak)
+    pair = load_pair(args.model, names, dtype=args.cdr_dtype, attention=args.attention)
+    result = run_workload(args.workload, pair, runs=args.runs)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        print_head(result)
+        print_workload(result)
+
+
+def _doctor(argv: list[str]) -> None:
+    from .config import CDRConfig
+    from .doctor import examine, print_examination
+
+    parsed = _parse("doctor", (CDRConfig,), argv) if argv else (None,)
+    print_examination(examine(parsed[0]))
+
+
+def _parse(command: str, kinds: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
+    """Dataclasses from the command line and `--config`; unlike TRL's own scripts, what is unknown is an error."""
+    from trl import TrlParser
+
+    parser = TrlParser(kinds, prog=f"trl-cdr {command}", description=_describe(command))
+    try:
+        *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    except OSError as error:
+        parser.error(f"--config: {error}")
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    return tuple(parsed)
 
 
 def _describe(command: str) -> str:

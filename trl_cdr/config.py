@@ -107,6 +107,10 @@ class CDRConfig:
         default="cdr",
         metadata={"help": "The reward is called <name>_reward and its metrics start with <name>/."},
     )
+    cdr_prefix_cache_tokens: int = field(
+        default=8192,
+        metadata={"help": "Tokens of constant prefixes whose keys and values each model keeps between calls. 0: none."},
+    )
     cdr_seed: int = field(default=0, metadata={"help": "Seed of what is drawn: the tokens of the load-time check."})
 
     def __post_init__(self) -> None:
@@ -125,6 +129,10 @@ class CDRConfig:
             )
         if self.cdr_token_budget < 1:
             raise ConfigError(f"cdr_token_budget is {self.cdr_token_budget}: it counts tokens. Use 1 or more.")
+        if self.cdr_prefix_cache_tokens < 0:
+            raise ConfigError(
+                f"cdr_prefix_cache_tokens is {self.cdr_prefix_cache_tokens}: it counts tokens. Use 0 or more."
+            )
         if self.cdr_max_length is not None and self.cdr_max_length < 2:
             raise ConfigError(
                 f"cdr_max_length is {self.cdr_max_length}: a row has at least one prompt and one completion token. "

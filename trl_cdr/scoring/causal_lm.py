@@ -3,9 +3,8 @@
 Knows no prompt, no text and no partner: `encoding` makes the rows, `pair` holds two of these.
 """
 
-import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -19,10 +18,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import ConfigError, ModelError
 from .encoding import Row
-from .logps import head_logps
-from .packing import plan_batches
+from .forward import Decoder, Job, OwnLogits, Packed, Padded, Way, why_not_packed
+from .packing import MIN_PREFIX, Layout
 
 logger = logging.getLogger(__name__)
+
+# Packing pays for its mask where it runs at most this share of the tokens that padding would.
+PACKED_SHARE = 0.8
 
 # Largest difference, in nats per token, at which two ways to the same log-probability count as equal.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
@@ -38,27 +40,35 @@ class CausalLM:
     Args:
         model (`nn.Module`): A decoder with a language-modelling head, from transformers.
         role (`str`): `"strong"` or `"weak"`, for messages.
+        prefix_cache_tokens (`int`, *optional*, defaults to 8192): Tokens of constant prefixes whose keys and values are
+            kept between calls; 0 keeps none.
         seed (`int`, *optional*, defaults to 0): Draws the tokens of the check below.
 
-    The head is applied to gathered hidden states (see `logps`). That this gives the model's own logits is checked
-    once, on two short random rows; where it does not, rows are run one by one through the model's own forward.
+    Rows are packed (equal prompts and a common prefix are run once) or padded, whichever runs fewer tokens. That both
+    give the model's own log-probabilities is checked once, on a few short random rows. A model that packing does not
+    suit takes the padded way only, and one that padding does not suit either runs row by row; `way` says which and why.
 
     Raises:
         ModelError: an encoder-decoder, or a model without a language-modelling head.
     """
 
-    def __init__(self, model: nn.Module, role: str, *, seed: int = 0) -> None:
-        self.model = cast(Any, model)
-        self._role = role
-        self._config = _text_config(model, role)
-        self._head = self.model.get_output_embeddings()
-        if self._head is None:
+    def __init__(self, model: nn.Module, role: str, *, prefix_cache_tokens: int = 8192, seed: int = 0) -> None:
+        config = _text_config(model, role)
+        if cast(Any, model).get_output_embeddings() is None:
             raise ModelError(
                 f"{role} is a {type(model).__name__}, which has no language-modelling head. Load it with "
                 "AutoModelForCausalLM."
             )
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._is_checked = self._can_gather = False
+        self.model = cast(Any, model)
+        self._role = role
+        self._config = config
+        self.decoder = Decoder(model, config)
+        self._own = OwnLogits(self.decoder)
+        self._padded: Padded | None = None  # until the check has let it pass
+        self._packed: Packed | None = None
+        self._is_checked = False
+        self._reason = ""
+        self._prefix_cache_tokens = prefix_cache_tokens
         self._seed = seed
 
     @classmethod
@@ -71,7 +81,7 @@ class CausalLM:
         dtype: str = "auto",
         device: str = "auto",
         init_kwargs: Mapping[str, Any] | None = None,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> "CausalLM":
         """
         Load a checkpoint, frozen, on one device.
@@ -83,14 +93,14 @@ class CausalLM:
             dtype (`str`, *optional*, defaults to `"auto"`): The checkpoint's; float32 on CPU.
             device (`str`, *optional*, defaults to `"auto"`): The process's own device.
             init_kwargs (`Mapping`, *optional*): For `from_pretrained`; wins over all of the above.
-            seed (`int`, *optional*, defaults to 0): See the class.
+            **kwargs: The class's.
 
         Raises:
             ModelError: nothing can be loaded from there, an encoder-decoder, or weights that the checkpoint lacks.
         """
         _refuse_partial_weights(role)
         place = _find_device(device)
-        kwargs = {
+        loading = {
             "revision": revision,
             "dtype": _choose_dtype(dtype, place),
             "device_map": {"": place},
@@ -98,14 +108,14 @@ class CausalLM:
             "use_safetensors": True,
             **(init_kwargs or {}),
         }
-        loading_dtype = kwargs.pop("torch_dtype", None)  # the old name of dtype
-        kwargs["dtype"] = loading_dtype or kwargs["dtype"]
+        old_name = loading.pop("torch_dtype", None)
+        loading["dtype"] = old_name or loading["dtype"]
         try:
-            config = AutoConfig.from_pretrained(name, **hub_kwargs(kwargs))
+            config = AutoConfig.from_pretrained(name, **hub_kwargs(loading))
             _refuse_encoder_decoder(config, role)
             cuda = [place.index or 0] if place.type == "cuda" else []
             with torch.random.fork_rng(devices=cuda):  # loading may draw; the trainer's numbers must not shift
-                model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+                model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **loading)
         except ModelError:
             raise
         except Exception as error:  # the libraries below have a dozen ways to say that it can't be loaded
@@ -120,7 +130,7 @@ class CausalLM:
             )
         model.requires_grad_(False)
         model.eval()
-        return cls(model, role, seed=seed)
+        return cls(model, role, **kwargs)
 
     @property
     def name(self) -> str:
@@ -144,14 +154,15 @@ class CausalLM:
         ids = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
 
-    def per_token_logps(self, rows: Sequence[Row], *, token_budget: int) -> list[Tensor]:
+    def per_token_logps(self, layout: Layout, *, token_budget: int, padded: bool = False) -> list[Tensor]:
         """
         Log-probability of every completion token of every row.
 
         Args:
-            rows (`Sequence[Row]`): In any order; each is non-empty and fits the model's positions.
-            token_budget (`int`): Padded tokens of one forward. Where a batch runs out of memory, the rows that are
-                left are laid out anew with half its tokens.
+            layout (`Layout`): The rows, in any order; each is non-empty and fits the model's positions.
+            token_budget (`int`): Tokens of one forward, padding included. Where a forward runs out of memory, the rows
+                that are left are laid out anew with half its tokens.
+            padded (`bool`, *optional*, defaults to `False`): Pad, also where packing would run fewer tokens.
 
         Returns:
             `list[Tensor]`: per row a tensor of shape (C,), float32 on the CPU, nats, C its completion tokens.
@@ -160,129 +171,155 @@ class CausalLM:
             ModelError: a single row is too much for the memory.
         """
         with self._frozen():
-            if not self._is_checked:
-                self._check()
-            lengths = [len(row.ids) for row in rows]
-            results: list[Tensor | None] = [None] * len(rows)
-            waiting = plan_batches(lengths, token_budget)
-            while waiting:
-                batch, *waiting = waiting
-                try:
-                    logps = self._run([rows[index] for index in batch])
-                except RuntimeError as error:
-                    if not should_reduce_batch_size(error):
-                        raise
-                    if len(batch) == 1:
-                        raise ModelError(
-                            f"{self._role} ran out of memory on a single row of {lengths[batch[0]]} tokens. Pass a "
-                            "smaller cdr_max_length, cdr_dtype='bfloat16', or another cdr_device."
-                        ) from error
-                    logps = None  # go on outside of this block: the error keeps the failed forward's tensors alive
-                if logps is None:
-                    clear_device_cache()
-                    remaining = [index for other in (batch, *waiting) for index in other]
-                    half = len(batch) * lengths[batch[0]] // 2
-                    plan = plan_batches([lengths[index] for index in remaining], half)
-                    waiting = [[remaining[place] for place in other] for other in plan]
-                    continue
-                for index, row_logps in zip(batch, logps, strict=True):
-                    results[index] = row_logps
-        return [result for result in results if result is not None]
+            self._check()
+            way = self._choose(layout, token_budget)
+            if padded and self._padded is not None:
+                way = self._padded
+            if layout.longest > self.decoder.rope_switch:
+                token_budget = 1  # each row alone, as its own length decides on its positions
+            results = self._run(way, layout, token_budget)
+            if way is self._packed and self._padded is not None:
+                # What is not finite reaches a pack's other rows through a weight of 0: run those rows apart.
+                broken = [index for index, logps in enumerate(results) if not logps.isfinite().all()]
+                again = self._run(self._padded, layout.subset(broken), token_budget)
+                for index, logps in zip(broken, again, strict=True):
+                    results[index] = logps
+        return results
+
+    def way(self) -> tuple[str, str]:
+        """How this model runs rows (`"packed"`, `"padded"` or `"row by row"`), and why not in the way before it."""
+        with self._frozen():
+            self._check()
+        if self._padded is None:
+            return "row by row", self._reason
+        return ("padded" if self._packed is None else "packed"), self._reason
+
+    def describe(self) -> dict[str, Any]:
+        """How the model will run, for people."""
+        way, reason = self.way()
+        parameters = list(self.model.parameters())
+        return {
+            "name": self.name,
+            "architecture": type(self.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "weights_mb": sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,
+            "dtype": str(self.decoder.dtype).removeprefix("torch."),
+            "device": str(self.decoder.device),
+            "attention": self._config._attn_implementation,
+            "way": way,
+            "reason": reason,
+        }
+
+    def _choose(self, layout: Layout, token_budget: int) -> Way:
+        """The way that runs fewer tokens. Depends on the rows alone, so that scores do not depend on the cache."""
+        if self._padded is None:
+            return self._own
+        if self._packed is None or layout.longest > self.decoder.rope_switch:
+            return self._padded
+        unique = len(layout.prefix) + sum(job.num_tokens for job in self._packed.plan(layout, token_budget))
+        padded = sum(job.num_tokens for job in self._padded.plan(layout, token_budget))
+        return self._packed if unique <= PACKED_SHARE * padded else self._padded
+
+    def _run(self, way: Way, layout: Layout, token_budget: int) -> list[Tensor]:
+        results: list[Tensor] = [torch.empty(0)] * len(layout.rows)
+        names = list(range(len(layout.rows)))  # what the rows that are left are called in `results`
+        jobs = way.plan(layout, token_budget)
+        while jobs:
+            job, *jobs = jobs
+            logps = self._try(way, layout, job)
+            if logps is None:
+                clear_device_cache()
+                left = [index for other in (job, *jobs) for index in other.rows]
+                layout, names = layout.subset(left), [names[index] for index in left]
+                jobs = way.plan(layout, job.num_tokens // 2)
+                continue
+            for index, row_logps in zip(job.rows, logps, strict=True):
+                results[names[index]] = row_logps
+        return results
+
+    def _try(self, way: Way, layout: Layout, job: Job) -> list[Tensor] | None:
+        """A job's log-probabilities, or None where the memory was too small for its rows."""
+        try:
+            return way.run(layout, job)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if len(job.rows) == 1:
+                raise ModelError(
+                    f"{self._role} ran out of memory on a single row of {len(layout.rows[job.rows[0]].ids)} tokens. "
+                    "Pass a smaller cdr_max_length, cdr_dtype='bfloat16', or another cdr_device."
+                ) from error
+            return None
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
         """Evaluation mode without gradients and autocast; every module's training flag is put back."""
         training = [module for module in self.model.modules() if module.training]
-        device = self._device
         self.model.eval()
         try:
-            with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            with torch.inference_mode(), torch.autocast(self.decoder.device.type, enabled=False):
                 yield
         finally:
             for module in training:
                 module.training = True
 
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
-
-    def _run(self, rows: list[Row]) -> list[Tensor]:
-        if self._can_gather:
-            return self._run_gathered(rows)
-        return [self._run_own_logits(row) for row in rows]
-
-    def _run_gathered(self, rows: list[Row]) -> list[Tensor]:
-        """One padded forward without the head; the head only where a completion token is predicted."""
-        device = self._device
-        longest = max(len(row.ids) for row in rows)
-        input_ids = torch.zeros(len(rows), longest, dtype=torch.long)  # (B, T)
-        mask = torch.zeros_like(input_ids)  # (B, T)
-        predicting = torch.zeros_like(input_ids, dtype=torch.bool)  # (B, T)
-        for index, row in enumerate(rows):
-            input_ids[index, : len(row.ids)] = torch.tensor(row.ids)
-            mask[index, : len(row.ids)] = 1
-            predicting[index, row.predicting] = True
-        targets = torch.tensor([token for row in rows for token in row.completion_ids], device=device)  # (N,)
-        output = self.model.base_model(
-            input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False, return_dict=True
-        )
-        hidden = output.last_hidden_state[predicting.to(device)]  # (N, H)
-        del output
-        logps = head_logps(hidden, targets, self._logits, vocab_size=self._config.vocab_size)  # (N,)
-        return list(torch.split(logps.cpu(), [len(row.completion_ids) for row in rows]))
-
-    def _run_own_logits(self, row: Row) -> Tensor:
-        """The slower path: the model's own forward, one row, its logits kept from the first prediction on."""
-        device = self._device
-        kept = len(row.ids) - row.predicting.start
-        output = self.model(
-            input_ids=torch.tensor([row.ids], device=device),
-            use_cache=False,
-            return_dict=True,
-            **({"logits_to_keep": kept} if self._keeps_logits else {}),
-        )
-        targets = torch.tensor(row.completion_ids, device=device)  # (C,)
-        logits = output.logits[0, output.logits.shape[1] - kept :][: len(targets)]  # (C, V)
-        return head_logps(logits, targets, lambda kept: kept, vocab_size=logits.shape[1]).cpu()
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """The head with what the architecture does to its output: (n, H) -> (n, V)."""
-        logits: Tensor = self._head(hidden)
-        if (scaling := getattr(self._config, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / scaling
-        if (scale := getattr(self._config, "logit_scale", None)) is not None:  # Cohere
-            logits = logits * scale
-        if (cap := getattr(self._config, "final_logit_softcapping", None)) is not None:  # Gemma 2
-            logits = torch.tanh(logits / cap) * cap
-        return logits
-
     def _check(self) -> None:
-        """Whether gathered states through the head, in a padded batch, give the model's own log-probabilities."""
-        generator = torch.Generator().manual_seed(self._seed)
-        # From the low ids: among the high ones are placeholders of images, which some forwards refuse.
-        draw = torch.randint(min(self.num_embeddings, 256), (19,), generator=generator).tolist()
-        rows = [Row(tuple(draw[:3]), tuple(draw[3:7])), Row(tuple(draw[7:12]), tuple(draw[12:]))]
-        own = torch.cat([self._run_own_logits(row) for row in rows])
+        """Keep the ways that give the model's own log-probabilities on a few short rows."""
+        if self._is_checked:
+            return
+        layout = _probe(min(self.num_embeddings, 256), self.num_positions, seed=self._seed)
+        expected = torch.cat([logps for job in self._own.plan(layout, 1) for logps in self._own.run(layout, job)])
+        padded = Padded(self.decoder)
+        self._reason = self._differs(padded, layout, expected) or ""
+        if not self._reason:
+            self._padded = padded
+            self._reason = why_not_packed(self.decoder) or ""
+        if not self._reason:
+            packed = Packed(self.decoder, prefix_cache_tokens=self._prefix_cache_tokens)
+            self._reason = self._differs(packed, layout, expected) or ""
+            self._packed = None if self._reason else packed
+        self._is_checked = True
+        self._say_which()
+
+    def _differs(self, way: Way, layout: Layout, expected: Tensor) -> str | None:
+        """How the log-probabilities of a way differ from the model's own, or None if they don't."""
+        results: dict[int, Tensor] = {}
         try:
-            gathered = torch.cat(self._run_gathered(rows))
-            tolerance = _TOLERANCE.get(self._head.weight.dtype, 3e-1)
-            self._can_gather = torch.allclose(gathered, own, rtol=0, atol=tolerance, equal_nan=True)
-            reason = f"they differ by up to {(gathered - own).abs().max():.2g} nats"
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            for job in way.plan(layout, 512):
+                results |= dict(zip(job.rows, way.run(layout, job), strict=True))
+        except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
             if should_reduce_batch_size(error):
                 raise
-            reason = str(error)
-        if not self._can_gather:
-            logger.warning(
-                "%s (%s, %s) runs row by row through its own logits, which is slower: its hidden states and head did "
-                "not give the same log-probabilities in a padded batch (%s).",
-                self._role,
-                self.name,
-                type(self.model).__name__,
-                reason,
-            )
-        self._is_checked = True
+            return f"it fails there: {error}"
+        logps = torch.cat([results[index] for index in range(len(layout.rows))])
+        tolerance = _TOLERANCE.get(self.decoder.dtype, 3e-1)
+        if torch.allclose(logps, expected, rtol=0, atol=tolerance, equal_nan=True):
+            return None
+        return f"log-probabilities differ from its own by up to {(logps - expected).abs().max():.2g} nats"
+
+    def _say_which(self) -> None:
+        name, reason = self.way()
+        level = logging.WARNING if name == "row by row" else logging.INFO
+        because = f", not in the faster way: {reason}" if reason else ""
+        logger.log(level, "%s (%s, %s) runs %s%s.", self._role, self.name, type(self.model).__name__, name, because)
+
+
+def _probe(num_ids: int, num_positions: int | None, *, seed: int) -> Layout:
+    """
+    Two prompts behind a common prefix, with two completions each, of random tokens.
+
+    The ids are low ones: among the high ones are placeholders of images, which some forwards refuse.
+    """
+    room = 64 if num_positions is None else num_positions
+    num_prefix = max(0, min(MIN_PREFIX + 5, room - 16))
+    prompts, completions = ((3, 5), (4, 7)) if room >= 16 else ((1, 2), (1, 2))
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(num_ids, (count,), generator=generator).tolist())
+
+    prefix = draw(num_prefix)
+    return Layout([Row(prompt, draw(m)) for prompt in [prefix + draw(n) for n in prompts] for m in completions])
 
 
 def _refuse_partial_weights(role: str) -> None:

@@ -42,8 +42,18 @@ class Row:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """Prompt and completion, as the model reads them."""
+        """Prompt and completion."""
         return self.prompt_ids + self.completion_ids
+
+    @property
+    def completion_inputs(self) -> tuple[int, ...]:
+        """The completion tokens that a model has to read: the last is predicted but predicts nothing."""
+        return self.completion_ids[:-1]
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """All that a model has to read."""
+        return self.prompt_ids + self.completion_inputs
 
     @property
     def predicting(self) -> slice:
@@ -145,11 +155,23 @@ class Encoder:
         self._bos = self._choose_bos(add_special_tokens)
         self._end_of_text_id: int | None = tokenizer.eos_token_id
         self._end_of_turn_id = self._find_end_of_turn()
+        special = dict(tokenizer.special_tokens_map)  # templates read them
+        self._identity = (self._offsets.identity, self.chat_template, self._kwargs, self._bos, self.end_ids, special)
 
     @property
     def end_ids(self) -> frozenset[int]:
         """The ids that end a completion: the template's end of turn and the end of text."""
         return frozenset(id for id in (self._end_of_turn_id, self._end_of_text_id) if id is not None)
+
+    @property
+    def end_of_turn(self) -> str | None:
+        """What closes an assistant's turn, as text."""
+        token = self._end_of_turn_id
+        return None if token is None else str(self.tokenizer.convert_ids_to_tokens(token))
+
+    def is_like(self, other: "Encoder") -> bool:
+        """Whether both encode everything alike: the same tokenizer, template and ends."""
+        return self._identity == other._identity
 
     def encode(self, prompt: Prompt, completion: Completion) -> Row:
         """

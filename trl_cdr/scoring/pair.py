@@ -33,6 +33,17 @@ class Member:
         added = self.encoder.tokenizer.added_tokens_decoder
         return self.encoder.end_ids | {id for id in self.lm.end_ids if id in added and added[id].special}
 
+    def describe(self) -> dict[str, Any]:
+        """How this model will run, for people."""
+        own = own_chat_template(self.encoder.tokenizer)
+        template = "own" if self.encoder.chat_template == own else "its partner's, or cdr_chat_template"
+        return {
+            **self.lm.describe(),
+            "max_length": self.max_length,
+            "end_of_turn": self.encoder.end_of_turn,
+            "chat_template": template if self.encoder.chat_template else "none",
+        }
+
     def encode(self, prompt: Prompt, completion: Completion) -> Row:
         """One row that fits the model; see `Encoder.encode` and `fit`."""
         row = fit(self.encoder.encode(prompt, completion), self.max_length)
@@ -55,6 +66,11 @@ class Pair:
     strong: Member
     weak: Member
     shares_vocabulary: bool
+
+    @property
+    def reads_alike(self) -> bool:
+        """Both encode every row to the same ids, so that it is encoded and laid out once."""
+        return self.strong.max_length == self.weak.max_length and self.strong.encoder.is_like(self.weak.encoder)
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -158,7 +174,7 @@ def _read_template(path: str | None) -> str | None:
 
 def _load_model(config: CDRConfig, model: str | nn.Module, role: str, revision: str | None) -> CausalLM:
     if isinstance(model, nn.Module):
-        return CausalLM(model, role, seed=config.cdr_seed)
+        return CausalLM(model, role, prefix_cache_tokens=config.cdr_prefix_cache_tokens, seed=config.cdr_seed)
     return CausalLM.load(
         str(model),
         role,
@@ -166,6 +182,7 @@ def _load_model(config: CDRConfig, model: str | nn.Module, role: str, revision: 
         dtype=config.cdr_dtype,
         device=config.cdr_device,
         init_kwargs=config.cdr_model_init_kwargs,  # type: ignore[arg-type]
+        prefix_cache_tokens=config.cdr_prefix_cache_tokens,
         seed=config.cdr_seed,
     )
 

@@ -16,6 +16,7 @@ from ..config import CDRConfig
 from ..errors import ConfigError, InputError
 from .completions import CompletionReader
 from .encoding import Completion, Message, Prompt, Row, Unscorable, shorten
+from .packing import Layout
 from .pair import Pair, check_sources, load_pair, load_tokenizer
 from .ratio import log_ratio, sum_logps
 
@@ -155,8 +156,10 @@ class DensityRatioScorer:
             rows = _encode(pair, prompts, read)
             runnable = [row for row in rows if not isinstance(row, Unscorable)]
             budget = self.config.cdr_token_budget
-            strong = pair.strong.lm.per_token_logps([row[0] for row in runnable], token_budget=budget)
-            weak = pair.weak.lm.per_token_logps([row[1] for row in runnable], token_budget=budget)
+            layouts = [Layout([row[0] for row in runnable])]
+            layouts.append(layouts[0] if pair.reads_alike else Layout([row[1] for row in runnable]))
+            strong = pair.strong.lm.per_token_logps(layouts[0], token_budget=budget)
+            weak = pair.weak.lm.per_token_logps(layouts[1], token_budget=budget)
         if domains is None:
             domains = [None] * len(rows)
         logps = iter(zip(strong, weak, strict=True))
@@ -199,6 +202,32 @@ class DensityRatioScorer:
             pair = load_pair(self.config, **self._models, **self._tokenizers)
             self._reader = CompletionReader(pair, self._policy)
         return self._reader
+
+    def describe(self) -> dict[str, Any]:
+        """
+        Load and check the pair, and tell how it will run.
+
+        Returns:
+            `dict`: `strong` and `weak` (each `name`, `architecture`, `parameters`, `weights_mb`, `dtype`, `device`,
+            `attention`, `way`, `reason`, `max_length` in tokens, `end_of_turn`, `chat_template`),
+            `shares_vocabulary` and `reads_alike`.
+
+        Raises:
+            ConfigError, ModelError: as `load`.
+        """
+        with self._lock:
+            pair = self._load().pair
+            return {
+                "strong": pair.strong.describe(),
+                "weak": pair.weak.describe(),
+                "shares_vocabulary": pair.shares_vocabulary,
+                "reads_alike": pair.reads_alike,
+            }
+
+    def unload(self) -> None:
+        """Let go of the pair and of the prefixes kept for it; the next call loads it again."""
+        with self._lock:
+            self._reader = None
 
     def use_policy_tokenizer(self, tokenizer: Any) -> None:
         """
@@ -261,7 +290,8 @@ def _encode(
             encoded.append(completion)
             continue
         try:
-            encoded.append((pair.strong.encode(prompt, completion), pair.weak.encode(prompt, completion)))
+            strong = pair.strong.encode(prompt, completion)
+            encoded.append((strong, strong if pair.reads_alike else pair.weak.encode(prompt, completion)))
         except Unscorable as reason:
             encoded.append(reason)
     return encoded

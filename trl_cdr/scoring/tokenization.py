@@ -46,7 +46,8 @@ class OffsetTokenizer:
         spec["padding"] = spec["truncation"] = None
         _keep_whole_offsets(spec["post_processor"])
         self._spec = spec
-        self._plain = Tokenizer.from_str(json.dumps(spec))
+        self.identity = json.dumps(spec, sort_keys=True)  # all that tokenizing depends on, as text
+        self._plain = Tokenizer.from_str(self.identity)
         self._marked: tuple[Tokenizer, dict[int, int]] | None = None
         added = {token["content"]: token for token in spec["added_tokens"]}
         named = {*tokenizer.all_special_tokens, *turn_markers}

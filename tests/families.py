@@ -1,0 +1,135 @@
+"""Architectures, each built tiny from its config, and the way in which each of them runs."""
+
+import torch
+from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
+
+V = 61
+_SMALL = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+_WINDOW = 11  # shorter than the rows that are run
+
+
+def _mixed_layers(**config):
+    return {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": _WINDOW, "head_dim": 8, **config}
+
+
+# name: (model, config, what differs, the way it runs)
+FAMILIES = {
+    "Llama": (LlamaForCausalLM, LlamaConfig, {}, "packed"),
+    "Mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}, "packed"),
+    "Mistral, sliding window": (MistralForCausalLM, MistralConfig, {"sliding_window": _WINDOW}, "packed"),
+    "Mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4, "sliding_window": None}, "packed"),
+    "Qwen2": (Qwen2ForCausalLM, Qwen2Config, {}, "packed"),
+    "Qwen2, sliding window": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": _WINDOW, "max_window_layers": 1},
+        "packed",
+    ),
+    "Qwen2-MoE": (Qwen2MoeForCausalLM, Qwen2MoeConfig, _MOE, "packed"),
+    "Qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8}, "packed"),
+    "Gemma 2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        _mixed_layers(final_logit_softcapping=2.0, attn_logit_softcapping=5.0, query_pre_attn_scalar=8),
+        "packed",
+    ),
+    "Gemma 3": (Gemma3ForCausalLM, Gemma3TextConfig, _mixed_layers(query_pre_attn_scalar=8), "packed"),
+    "Phi-3": (Phi3ForCausalLM, Phi3Config, {}, "packed"),
+    "Phi-3, LongRoPE": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {
+            "original_max_position_embeddings": 20,  # some of the rows that are run are longer
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+        },
+        "packed",
+    ),
+    "Granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 4.0}, "packed"),
+    "Cohere": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.3}, "packed"),
+    "Cohere 2": (Cohere2ForCausalLM, Cohere2Config, _mixed_layers(logit_scale=0.3), "packed"),
+    "OLMo 2": (Olmo2ForCausalLM, Olmo2Config, {}, "packed"),
+    "GPT-2": (GPT2LMHeadModel, GPT2Config, {}, "packed"),
+    "GPT-NeoX": (GPTNeoXForCausalLM, GPTNeoXConfig, {}, "packed"),
+    "BLOOM": (BloomForCausalLM, BloomConfig, {}, "padded"),
+    "Mamba": (MambaForCausalLM, MambaConfig, {"state_size": 8}, "padded"),
+    "Bamba": (
+        BambaForCausalLM,
+        BambaConfig,
+        {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+        "padded",
+    ),
+    "Qwen3-Next": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig,
+        {
+            **_MOE,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "head_dim": 8,
+        },
+        "padded",
+    ),
+}
+
+
+def build_family(name):
+    """A random model of the family, in evaluation mode."""
+    model_class, config_class, differs, _ = FAMILIES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return model_class(config_class(**{**_SMALL, **differs})).eval()

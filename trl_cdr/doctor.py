@@ -1,0 +1,77 @@
+"""What a bug report should hold: versions, device, and how each model of a pair will run. Prints; `scoring` knows.
+
+`trl-cdr doctor` is its only caller.
+"""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .config import CDRConfig
+from .scoring.scorer import DensityRatioScorer
+
+_PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft", "vllm")
+
+
+def examine(config: CDRConfig | None) -> dict[str, Any]:
+    """
+    Look at the installation, and at a pair if one is given, which is loaded and checked.
+
+    Args:
+        config (`CDRConfig` or `None`): The pair.
+
+    Returns:
+        `dict`: `python`, `platform`, `packages` (name -> version or `None`), `device`, and `pair` as
+        `DensityRatioScorer.describe` gives it, or `None`.
+
+    Raises:
+        ConfigError, ModelError: as `DensityRatioScorer`.
+    """
+    device = PartialState().device
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {"trl-cdr": __version__} | {name: _find_version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}",
+        "pair": None if config is None else DensityRatioScorer.from_config(config).describe(),
+    }
+
+
+def print_examination(found: dict[str, Any]) -> None:
+    """The findings as a table on stdout."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("python", f"{found['python']} on {found['platform']}")
+    for name, installed in found["packages"].items():
+        table.add_row(name, installed or "-")
+    table.add_row("device", found["device"])
+    pair = found["pair"]
+    if pair is not None:
+        for role in ("strong", "weak"):
+            model = pair[role]
+            table.add_row("")
+            table.add_row(role, model["name"])
+            table.add_row(
+                "", f"{model['architecture']}, {model['parameters']:,} parameters, {model['weights_mb']:,.0f} MB"
+            )
+            table.add_row("", f"{model['dtype']} on {model['device']}, {model['attention']} attention")
+            reason = f" ({model['reason']})" if model["reason"] else ""
+            table.add_row("", f"runs {model['way']}{reason}")
+            table.add_row("", f"rows of up to {model['max_length'] or 'any number of'} tokens")
+            table.add_row("", f"a turn ends with {model['end_of_turn']!r}; chat template: {model['chat_template']}")
+        table.add_row("")
+        table.add_row("together", "one vocabulary" if pair["shares_vocabulary"] else "different vocabularies")
+        table.add_row("", "every row encoded once" if pair["reads_alike"] else "every row encoded for each")
+    Console(soft_wrap=True).print(table)
+
+
+def _find_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
