@@ -18,7 +18,7 @@ MB = 2**20
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of each run (the first is the cold one), and the peak memory above the start in MB (2**20 bytes)."""
+    """Seconds of each run (the first is the cold one), and the first run's peak memory above its start, in MB (2**20)."""
 
     seconds: tuple[float, ...]
     peak_mb: float
@@ -44,14 +44,9 @@ def measure(run: Callable[[], object], *, device: str, runs: int) -> Cost:
     else:
         sampler = _MemorySampler()
         sampler.start()
-    seconds = []
-    for _ in range(1 + runs):
-        _synchronize(device)
-        started = time.perf_counter()
-        run()
-        _synchronize(device)
-        seconds.append(time.perf_counter() - started)
+    seconds = [_time(run, device)]
     peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else sampler.stop()
+    seconds += [_time(run, device) for _ in range(runs)]
     return Cost(tuple(seconds), peak / MB)
 
 
@@ -79,6 +74,14 @@ def describe_machine(device: str) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
+
+
+def _time(run: Callable[[], object], device: str) -> float:
+    _synchronize(device)
+    started = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - started
 
 
 def _synchronize(device: str) -> None:
