@@ -18,7 +18,7 @@ MB = 2**20
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of each run (the first is the cold one), and the first one's peak memory above its start in MB (2**20)."""
+    """Seconds of each run (the first is cold), and the first one's peak memory above its start in MB (2**20)."""
 
     seconds: tuple[float, ...]
     peak_mb: float
