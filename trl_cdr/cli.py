@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -61,6 +62,7 @@ def _score(argv: list[str]) -> None:
 
 
 def _bench(argv: list[str]) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler reports its starts on stderr
     from .bench.workloads import MODELS, WORKLOADS
 
     parser = argparse.ArgumentParser(prog="trl-cdr bench", description=_describe("bench"))

@@ -3,22 +3,22 @@
 import gc
 import platform
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-import psutil
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
 MB = 2**20
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of each run (the first is cold), and the first one's peak memory above its start in MB (2**20)."""
+    """Seconds of each run (the first is cold), and the peak of memory allocated in the first, in MB (2**20)."""
 
     seconds: tuple[float, ...]
     peak_mb: float
@@ -38,16 +38,15 @@ def measure(run: Callable[[], object], *, device: str, runs: int) -> Cost:
     """Call `run` once and then `runs` times more."""
     gc.collect()
     if device == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+        cold = _time(run, device)
+        peak = torch.cuda.max_memory_allocated() - before
     else:
-        sampler = _MemorySampler()
-        sampler.start()
-    seconds = [_time(run, device)]
-    peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else sampler.stop()
-    seconds += [_time(run, device) for _ in range(runs)]
-    return Cost(tuple(seconds), peak / MB)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            cold = _time(run, device)
+        peak = _peak_allocated(profiler)
+    return Cost((cold, *(_time(run, device) for _ in range(runs))), peak / MB)
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
@@ -84,27 +83,19 @@ def _time(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
+def _peak_allocated(profiler: profile) -> int:
+    """
+    The most bytes that PyTorch's CPU allocator had handed out at a time, over those at the start.
+
+    The CPU's counterpart of `torch.cuda.max_memory_allocated`. The process's resident memory would not do: the C
+    library keeps what was freed for later, so that one and the same call reads as anything up to four times its need.
+    """
+    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    changes = [event for event in results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in changes), default=0)
+
+
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-class _MemorySampler(threading.Thread):
-    """The process's resident memory, read every millisecond: its highest value above that at the start."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._process = psutil.Process()
-        self._start: int = self._process.memory_info().rss
-        self._peak = self._start
-        self._is_done = threading.Event()
-
-    def run(self) -> None:
-        while not self._is_done.wait(0.001):
-            self._peak = max(self._peak, self._process.memory_info().rss)
-
-    def stop(self) -> int:
-        self._is_done.set()
-        self.join()
-        above: int = self._peak - self._start
-        return above
