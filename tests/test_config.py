@@ -27,6 +27,11 @@ NAMES = {
     "cdr_on_unscorable": "floor",
     "cdr_name": "cdr",
     "cdr_prefix_cache_tokens": 8192,
+    "cdr_criteria": None,
+    "cdr_domain": None,
+    "cdr_router": None,
+    "cdr_num_exemplars": 2,
+    "cdr_exemplar_style": "inline",
     "cdr_seed": 0,
 }
 
@@ -48,6 +53,10 @@ def test_the_public_names_and_defaults():
         ("cdr_max_length", 1, "cdr_max_length is 1"),
         ("cdr_token_budget", 0, "cdr_token_budget is 0"),
         ("cdr_prefix_cache_tokens", -1, "cdr_prefix_cache_tokens is -1"),
+        ("cdr_num_exemplars", -1, "cdr_num_exemplars is -1"),
+        ("cdr_exemplar_style", "chat", "Use one of: inline, turns"),
+        ("cdr_domain", "safety", "cdr_domain is 'safety' and cdr_criteria is missing"),
+        ("cdr_router", "likelihood", "cdr_router is 'likelihood' and cdr_criteria is missing"),
         ("cdr_token_budget", 8.5, "cdr_token_budget is 8.5"),
         ("cdr_seed", True, "cdr_seed is True"),
         ("cdr_model_init_kwargs", "{'a': 1}", "no JSON"),

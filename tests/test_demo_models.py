@@ -106,11 +106,11 @@ def test_a_build_that_stops_half_way_leaves_nothing(cache, monkeypatch):
 def test_of_two_builds_at_once_the_first_one_stays(cache, monkeypatch):
     build = models._build
 
-    def overtaken(folder):
+    def overtaken(*arguments):
         monkeypatch.setattr(models, "_build", build)
         overtaken.checkpoints = models.build_checkpoints()
         overtaken.stamp = overtaken.checkpoints.base.stat().st_mtime_ns
-        build(folder)
+        build(*arguments)
 
     monkeypatch.setattr(models, "_build", overtaken)
     assert models.build_checkpoints() == overtaken.checkpoints

@@ -33,7 +33,7 @@ def test_the_demo_shows_what_it_claims(tmp_path, monkeypatch, capsys):
 
 
 def test_preferred_counts_ties_half():
-    assert story._preferred([1.0, 0.0, 2.0, 3.0], [0.0, 1.0, 2.0, 1.0]) == 2.5 / 4
+    assert story.preferred([1.0, 0.0, 2.0, 3.0], [0.0, 1.0, 2.0, 1.0]) == 2.5 / 4
 
 
 def test_the_gold_reward_wants_the_end_token():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from families import FAMILIES
 
-from trl_cdr import CDRConfig
+from trl_cdr import CDRConfig, Criteria
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,6 +42,13 @@ def test_the_scoring_code_runs(checkpoints, capsys):
         code = code.replace(f'"{name}"', repr(folder))
     exec(code, {})
     assert len(ast.literal_eval(capsys.readouterr().out)) == 2
+
+
+def test_the_criteria_in_the_readme_are_valid():
+    [text] = blocks("toml")
+    criteria = Criteria.from_toml(text)
+    assert list(criteria.domains) == ["chemistry", "chat", "default"]
+    assert criteria.resolve("geology") == "default"
 
 
 def test_the_option_table_is_the_config():

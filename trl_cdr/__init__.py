@@ -1,6 +1,6 @@
 """Preference labels inside the TRL training step, from the log-density ratio of two open models.
 
-    r(x, y) = log p_strong(y | x) - log p_weak(y | x)        (nats)
+    r(x, y) = log p_strong(y | c, x) - log p_weak(y | c, x)        (nats)
 
 The data's way through the package:
 
@@ -11,6 +11,8 @@ The data's way through the package:
         |
         v
     scoring.scorer      DensityRatioScorer.score -> list[Score]          (the one entrance)
+        |-- conditioning.router     prompt -> domain
+        |-- conditioning.criteria   prompt -> prompt behind the domain's criteria and exemplars
         |-- scoring.encoding    text or ids -> token ids; owns the prompt/completion boundary and the end of turn
         |-- scoring.packing     rows -> packs, in which no token is run twice
         |-- scoring.causal_lm   one frozen model: rows -> per-token log-probs
@@ -25,14 +27,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .conditioning.criteria import Criteria as Criteria
+    from .conditioning.criteria import DomainCriteria as DomainCriteria
+    from .conditioning.criteria import Exemplar as Exemplar
     from .config import CDRConfig as CDRConfig
     from .errors import CDRError as CDRError
     from .errors import ConfigError as ConfigError
     from .errors import InputError as InputError
     from .errors import ModelError as ModelError
     from .errors import UnscorableError as UnscorableError
+    from .scoring.score import Score as Score
     from .scoring.scorer import DensityRatioScorer as DensityRatioScorer
-    from .scoring.scorer import Score as Score
     from .training.reward import CDRReward as CDRReward
 
 __version__ = "0.1.0.dev0"
@@ -40,8 +45,11 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "CDRConfig": "config",
     "CDRReward": "training.reward",
+    "Criteria": "conditioning.criteria",
+    "DomainCriteria": "conditioning.criteria",
+    "Exemplar": "conditioning.criteria",
     "DensityRatioScorer": "scoring.scorer",
-    "Score": "scoring.scorer",
+    "Score": "scoring.score",
     "CDRError": "errors",
     "ConfigError": "errors",
     "InputError": "errors",

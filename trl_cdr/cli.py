@@ -44,13 +44,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _demo(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="trl-cdr demo", description=_describe("demo"))
-    parser.add_argument("--output_dir", default="./trl-cdr-demo", help="folder for summary.json and gold.png")
+    parser.add_argument("--output_dir", default="./trl-cdr-demo", help="folder for the figures and JSON")
     parser.add_argument("--no_cache", action="store_true", help="build the tiny models anew")
+    parser.add_argument("--customize", action="store_true", help="show what criteria and exemplars do, in its place")
     args = parser.parse_args(argv)
 
-    from .demo.story import run_demo
+    if args.customize:
+        from .demo.customize import run_customize as run
+    else:
+        from .demo.story import run_demo as run
 
-    run_demo(args.output_dir, cache=not args.no_cache)
+    run(args.output_dir, cache=not args.no_cache)
 
 
 def _score(argv: list[str]) -> None:

@@ -11,6 +11,22 @@ from typing import Any, Literal, get_args, get_type_hints
 from .errors import ConfigError
 
 _PREFIX = "cdr_"
+PAIR_OPTIONS = (
+    "strong",
+    "weak",
+    "strong_revision",
+    "weak_revision",
+    "dtype",
+    "device",
+    "model_init_kwargs",
+    "chat_template",
+    "chat_template_kwargs",
+    "add_special_tokens",
+    "max_length",
+    "prefix_cache_tokens",
+)
+"""The options, without prefix, that say what the pair is and how it reads. Scorers that share a pair share these."""
+
 # Of `apply_chat_template`, and ours to set.
 _TEMPLATE_ARGUMENTS = {
     "add_generation_prompt",
@@ -111,7 +127,33 @@ class CDRConfig:
         default=8192,
         metadata={"help": "Tokens of constant prefixes whose keys and values each model keeps between calls. 0: none."},
     )
-    cdr_seed: int = field(default=0, metadata={"help": "Seed of what is drawn: the tokens of the load-time check."})
+    cdr_criteria: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a good completion is, by domain: a TOML file, a preset (safety, reasoning, chat), or several "
+            "of these joined by +. Default: the plain ratio."
+        },
+    )
+    cdr_domain: str | None = field(default=None, metadata={"help": "The domain of every prompt."})
+    cdr_router: str | None = field(
+        default=None,
+        metadata={
+            "help": "How each prompt's domain is found. column:NAME: the data set says; likelihood: the strong model "
+            "classifies; a dotted path: a function of the prompt."
+        },
+    )
+    cdr_num_exemplars: int = field(default=2, metadata={"help": "Exemplars of a domain that are shown to the pair."})
+    cdr_exemplar_style: Literal["inline", "turns"] = field(
+        default="inline",
+        metadata={
+            "help": "inline: good, bad and why as text below the instruction; turns: prompt and good completion as "
+            "turns before the conversation."
+        },
+    )
+    cdr_seed: int = field(
+        default=0,
+        metadata={"help": "Seed of what is drawn: a domain's exemplars, and the tokens of the load-time check."},
+    )
 
     def __post_init__(self) -> None:
         self.cdr_model_init_kwargs = _parse_mapping("cdr_model_init_kwargs", self.cdr_model_init_kwargs)
@@ -133,6 +175,15 @@ class CDRConfig:
             raise ConfigError(
                 f"cdr_prefix_cache_tokens is {self.cdr_prefix_cache_tokens}: it counts tokens. Use 0 or more."
             )
+        if self.cdr_num_exemplars < 0:
+            raise ConfigError(f"cdr_num_exemplars is {self.cdr_num_exemplars}: it counts exemplars. Use 0 or more.")
+        if self.cdr_criteria is None:
+            for name in ("cdr_domain", "cdr_router"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} is {getattr(self, name)!r} and cdr_criteria is missing: a domain selects criteria. "
+                        f"Pass cdr_criteria, or leave {name} out."
+                    )
         if self.cdr_max_length is not None and self.cdr_max_length < 2:
             raise ConfigError(
                 f"cdr_max_length is {self.cdr_max_length}: a row has at least one prompt and one completion token. "

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from ..config import CDRConfig
 from ..errors import ConfigError, InputError
-from ..scoring.scorer import DensityRatioScorer, Score
+from ..scoring.score import Score
+from ..scoring.scorer import DensityRatioScorer
 
 _SHOWN = ("value", "strong_logps", "weak_logps", "n_tokens", "finished", "truncated", "error")
 
@@ -90,11 +91,13 @@ def score_file(arguments: ScoreArguments, config: CDRConfig) -> dict[str, Any]:
 
 
 def _score_rows(scorer: DensityRatioScorer, rows: list[dict[str, Any]]) -> list[Score]:
+    columns = {name: [row.get(name) for row in rows] for name in {name for row in rows for name in row}}
+    domains = None if scorer.router is None else scorer.router.read_column(columns)
     return scorer.score(
         [row["prompt"] for row in rows],
         [row["completion"] for row in rows],
         finished=[row.get("finished", True) for row in rows],
-        domains=[row.get("domain") for row in rows],
+        domains=domains or [row.get("domain") for row in rows],
     )
 
 

@@ -1,6 +1,6 @@
 """The demo's figure: gold reward against step, one line a reward. Draws what `story` measured and measures nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -52,3 +52,50 @@ def _spread(heights: Mapping[str, float], *, gap: float) -> dict[str, float]:
     for name, height in sorted(heights.items(), key=lambda item: item[1]):
         spread[name] = floor = max(height, floor + gap)
     return spread
+
+
+def draw_customize(
+    accuracy: Mapping[str, float],
+    kinds: Mapping[str, str],
+    curves: Mapping[str, Sequence[Mapping[str, list[float]]]],
+    path: Path,
+) -> None:
+    """Write the figure of the demo of criteria as PNG.
+
+    Args:
+        accuracy (`Mapping[str, float]`): Share of pairs by conditioning.
+        kinds (`Mapping[str, str]`): The conditionings to show, from top to bottom, with their labels.
+        curves: For `plain` and `conditioned` the curves of each seed: lists `steps` and `gold` of equal length.
+        path (`Path`): The file to write.
+    """
+    figure = Figure(figsize=(10, 3.9), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    for place, (kind, label) in enumerate(kinds.items()):
+        colour = "#0072B2" if kind.startswith("own") else "#9aa5ad"
+        left.barh(place, accuracy[kind], color=colour, height=0.62)
+        left.annotate(f"{accuracy[kind]:.2f}", (accuracy[kind], place), (4, 0), textcoords="offset points", va="center")
+        left.annotate(label, (0, place), (-6, 0), textcoords="offset points", va="center", ha="right")
+    left.axvline(0.5, color="#444444", linewidth=0.8, linestyle=":")
+    left.set_title("Pairs labelled right", loc="left", fontsize=12)
+    left.set_yticks([])
+    left.invert_yaxis()
+    left.set_xlim(0, 1.05)
+    left.set_xlabel("share of pairs (chance 0.5)")
+    for name, colour in (("conditioned", "#0072B2"), ("plain", "#9aa5ad")):
+        for curve in curves[name]:
+            right.plot(curve["steps"], curve["gold"], color=colour, linewidth=2, solid_capstyle="round")
+    last = max(curves["plain"][0]["steps"])
+    ends = {name: max(curve["gold"][-1] for curve in curves[name]) for name in curves}
+    for name, height in _spread(ends, gap=0.07).items():
+        colour = "#0072B2" if name == "conditioned" else "#6b767e"
+        right.annotate(name, (last, height), (6, 0), textcoords="offset points", color=colour, va="center")
+    right.set_title("Online DPO on each reward, two seeds", loc="left", fontsize=12)
+    right.set_xlabel("training step")
+    right.set_ylabel("gold reward on held-out prompts")
+    right.set_xlim(0, last)
+    right.set_ylim(0, 1)
+    right.grid(axis="y", color="#dddddd", linewidth=0.8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)

@@ -10,7 +10,7 @@ import contextlib
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from . import world
+from . import steering, world
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Part of the cache folder's name. Raise it with every change that alters the world, the models or their training."""
 
 MAX_NEW_TOKENS = 22
@@ -57,11 +57,25 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
+class Steerable:
+    """
+    A pair for criteria. `strong` does what stands before a prompt; `weak`, which it comes from, was shown the same and
+    trained to pass over it.
+    """
+
+    weak: Path
+    strong: Path
+
+
+Draw = Callable[[random.Random], tuple[Sequence[Mapping[str, str]], str]]  # -> a conversation and its completion
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """How one checkpoint is made: from random weights, or from the checkpoint named `parent`."""
+    """How one checkpoint is made of drawn data: from random weights, or from the checkpoint named `parent`."""
 
     name: str
-    share_right: float
+    draw: Draw
     steps: int
     learning_rate: float
     seed: int
@@ -69,9 +83,13 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("base", share_right=0.2, steps=600, learning_rate=1e-2, seed=0),
-    Recipe("mild", share_right=0.5, steps=150, learning_rate=2e-3, seed=1, parent="base"),
-    Recipe("policy", share_right=0.3, steps=600, learning_rate=1e-2, seed=2),
+    Recipe("base", partial(world.draw_row, share_right=0.2), steps=600, learning_rate=1e-2, seed=0),
+    Recipe("mild", partial(world.draw_row, share_right=0.5), steps=150, learning_rate=2e-3, seed=1, parent="base"),
+    Recipe("policy", partial(world.draw_row, share_right=0.3), steps=600, learning_rate=1e-2, seed=2),
+)
+STEERABLE_RECIPES = (
+    Recipe("weak", steering.draw_ignored, steps=150, learning_rate=2e-3, seed=3, parent="base"),
+    Recipe("strong", steering.draw_obeyed, steps=400, learning_rate=4e-3, seed=4, parent="weak"),
 )
 
 
@@ -85,7 +103,8 @@ class Sample:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, lower-cased, marks on their own, and a chat template with an end token after every turn."""
-    vocabulary = {token: index for index, token in enumerate([*_SPECIAL, *world.vocabulary()])}
+    words = sorted({*world.vocabulary(), *steering.vocabulary()})
+    vocabulary = {token: index for index, token in enumerate([*_SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -118,13 +137,25 @@ def build_checkpoints(cache: bool = True) -> Checkpoints:
     Raises:
         OSError: the cache folder can't be written.
     """
+    folder = _build_once("tiny-world", RECIPES, cache=cache)
+    return Checkpoints(**{recipe.name: folder / recipe.name for recipe in RECIPES})
+
+
+def build_steerable(checkpoints: Checkpoints, *, cache: bool = True) -> Steerable:
+    """Train the pair for criteria from `checkpoints.base`, or find it in the cache; see `build_checkpoints`."""
+    folder = _build_once("tiny-world-steerable", STEERABLE_RECIPES, cache=cache, base=checkpoints.base)
+    return Steerable(weak=folder / "weak", strong=folder / "strong")
+
+
+def _build_once(name: str, recipes: Sequence[Recipe], *, cache: bool, **parents: Path) -> Path:
+    """The folder with the recipes' checkpoints, each in a folder of its name. `parents` are checkpoints from before."""
     # transformers 4 can't load a tokenizer that transformers 5 saved, so each has its own.
-    folder = _cache_folder() / f"tiny-world-v{RECIPE_VERSION}-transformers{transformers.__version__.split('.')[0]}"
+    folder = _cache_folder() / f"{name}-v{RECIPE_VERSION}-transformers{transformers.__version__.split('.')[0]}"
     if not (cache and folder.is_dir()):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as scratch:
             built = Path(scratch) / "built"
-            _build(built)
+            _build(built, recipes, parents)
             if not cache and folder.is_dir():
                 folder.rename(Path(scratch) / "replaced")
             try:
@@ -132,7 +163,7 @@ def build_checkpoints(cache: bool = True) -> Checkpoints:
             except OSError:
                 if not folder.is_dir():  # else another process was first, with the same recipe
                     raise
-    return Checkpoints(**{recipe.name: folder / recipe.name for recipe in RECIPES})
+    return folder
 
 
 def sample(
@@ -204,14 +235,13 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-cdr"
 
 
-def _build(folder: Path) -> None:
+def _build(folder: Path, recipes: Sequence[Recipe], parents: Mapping[str, Path]) -> None:
     tokenizer = build_tokenizer()
     with one_thread(), quiet(), progress() as bars:
-        for recipe in RECIPES:
+        for recipe in recipes:
             bar = bars.add_task(f"training {recipe.name}", total=recipe.steps)
-            model = (
-                LlamaForCausalLM.from_pretrained(folder / recipe.parent) if recipe.parent else _new_model(recipe.seed)
-            )
+            parent = None if recipe.parent is None else parents.get(recipe.parent, folder / recipe.parent)
+            model = _new_model(recipe.seed) if parent is None else LlamaForCausalLM.from_pretrained(parent)
             _train(model, tokenizer, recipe=recipe, advance=partial(bars.advance, bar))
             model.save_pretrained(folder / recipe.name)
             tokenizer.save_pretrained(folder / recipe.name)
@@ -239,12 +269,8 @@ def _new_model(seed: int) -> LlamaForCausalLM:
 def _train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, recipe: Recipe, advance: Callable[[], None]
 ) -> None:
-    """Train on fresh completions to the prompts that are not held out; the loss counts completion tokens only."""
+    """Train on freshly drawn rows; the loss counts completion tokens only."""
     rng = random.Random(recipe.seed)
-    render = tokenizer.apply_chat_template
-    prompts = {
-        task: render(world.conversation(task), tokenize=False, add_generation_prompt=True) for task in world.TRAIN
-    }
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # a short warm-up, then cosine
         optimizer, recipe.learning_rate, total_steps=recipe.steps + 1, pct_start=0.1, cycle_momentum=False
@@ -252,8 +278,11 @@ def _train(
     model.train()
     for _ in range(recipe.steps):
         # Drawn at random, not bucketed by length: length is style, and batches of one style hide it from the model.
-        tasks = rng.choices(world.TRAIN, k=BATCH_SIZE)
-        texts = [prompts[task] + world.sample_completion(task, recipe.share_right, rng) + "<|end|>" for task in tasks]
+        rows = [recipe.draw(rng) for _ in range(BATCH_SIZE)]
+        prompts = tokenizer.apply_chat_template(
+            [list(prompt) for prompt, _ in rows], tokenize=False, add_generation_prompt=True
+        )
+        texts = [f"{prompt}{said}<|end|>" for prompt, (_, said) in zip(prompts, rows, strict=True)]
         batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
         model(**batch, labels=_completion_labels(batch, tokenizer)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -53,10 +53,11 @@ Reward = Callable[..., Sequence[float | None]]
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
     """Two completions to one prompt, both written by the policy; gold calls the first right and the second wrong."""
 
     prompt: list[world.Message]
+    domain: str
     right: models.Sample
     wrong: models.Sample
 
@@ -78,7 +79,7 @@ def run_demo(output_dir: str | Path, *, cache: bool = True) -> dict[str, Any]:
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    clock = _Clock()
+    clock = Clock()
     with models.one_thread(), models.quiet():
         checkpoints = models.build_checkpoints(cache)
         clock.lap("build")
@@ -102,7 +103,7 @@ def run_demo(output_dir: str | Path, *, cache: bool = True) -> dict[str, Any]:
         "settings": {"seed": SEED, "steps": STEPS, "recipe_version": models.RECIPE_VERSION},
         "seconds": round(sum(clock.parts.values()), 1),
         "parts": {part: round(seconds, 1) for part, seconds in clock.parts.items()},
-        "versions": _versions(),
+        "versions": versions(),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     _print_tables(summary, folder)
@@ -115,7 +116,7 @@ def measure_accuracy(checkpoints: models.Checkpoints, *, seed: int) -> dict[str,
     The judges: the ratio of mild over base; either model's log-probability alone; the shorter completion; chance. A tie
     counts half. `pairs` is their number.
     """
-    pairs = _sample_pairs(checkpoints.policy, seed=seed)
+    pairs = sample_pairs(checkpoints.policy, seed=seed)
     prompts = [pair.prompt for pair in pairs for _ in range(2)]
     samples = [one for pair in pairs for one in (pair.right, pair.wrong)]
     scorer = DensityRatioScorer(strong=str(checkpoints.mild), weak=str(checkpoints.base), device="cpu")
@@ -128,7 +129,7 @@ def measure_accuracy(checkpoints: models.Checkpoints, *, seed: int) -> dict[str,
         "length": [-len(one.text.split()) for one in samples],
         "random": [rng.random() for _ in samples],
     }
-    return {name: _preferred(values[0::2], values[1::2]) for name, values in judges.items()} | {"pairs": len(pairs)}
+    return {name: preferred(values[0::2], values[1::2]) for name, values in judges.items()} | {"pairs": len(pairs)}
 
 
 def train_policy(policy: Path, reward: Reward, *, name: str, seed: int) -> dict[str, list[float]]:
@@ -163,7 +164,9 @@ def train_policy(policy: Path, reward: Reward, *, name: str, seed: int) -> dict[
                 report_to="none",
                 disable_tqdm=True,
             ),
-            train_dataset=Dataset.from_list([{"prompt": world.conversation(task)} for task in world.TRAIN]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": world.conversation(task), "domain": task.domain} for task in world.TRAIN]
+            ),
             processing_class=tokenizer,
             callbacks=[evaluation],
         )
@@ -217,7 +220,7 @@ class _Evaluation(TrainerCallback):  # type: ignore[misc]
         self.curve["gold"].append(sum(world.gold(prompt, one.text, one.finished) for prompt, one in rows) / len(rows))
 
 
-class _Clock:
+class Clock:
     """Seconds by part of the demo."""
 
     def __init__(self) -> None:
@@ -230,20 +233,20 @@ class _Clock:
         self._last = now
 
 
-def _sample_pairs(policy: Path, *, seed: int) -> list[_Pair]:
+def sample_pairs(policy: Path, *, seed: int) -> list[Pair]:
     """Up to `PAIRS_PER_PROMPT` pairs of a right and a wrong completion to each held-out prompt."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
     prompts = [world.conversation(task) for task in world.HELD_OUT]
     groups = models.sample(model, tokenizer, prompts=prompts, per_prompt=PAIR_SAMPLES, seed=seed)
     pairs = []
-    for prompt, group in zip(prompts, groups, strict=True):
+    for task, prompt, group in zip(world.HELD_OUT, prompts, groups, strict=True):
         right = [one for one in group if world.gold(prompt, one.text, one.finished)]
         wrong = [one for one in group if one not in right]
-        pairs += [_Pair(prompt, *two) for two in list(zip(right, wrong, strict=False))[:PAIRS_PER_PROMPT]]
+        pairs += [Pair(prompt, task.domain, *two) for two in list(zip(right, wrong, strict=False))[:PAIRS_PER_PROMPT]]
     return pairs
 
 
-def _preferred(right: list[float], wrong: list[float]) -> float:
+def preferred(right: list[float], wrong: list[float]) -> float:
     """The share of pairs in which the right completion's value is the higher one; a tie counts half."""
     wins = [1.0 if r > w else 0.5 if r == w else 0.0 for r, w in zip(right, wrong, strict=True)]
     return sum(wins) / len(wins)
@@ -259,7 +262,7 @@ def _no_warnings_about_trl() -> Iterator[None]:
         yield
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     versions = {package.__name__: str(package.__version__) for package in (torch, transformers, trl)}
     return {"python": platform.python_version(), **versions, "trl_cdr": __version__}
 

@@ -137,6 +137,12 @@ def vocabulary() -> list[str]:
     return sorted({word for text in texts for word in text.split()})
 
 
+def draw_row(rng: random.Random, *, share_right: float) -> tuple[list[Message], str]:
+    """Draw a prompt that is not held out, with a completion that is right with probability `share_right`."""
+    task = rng.choice(TRAIN)
+    return conversation(task), sample_completion(task, share_right, rng)
+
+
 def conversation(task: Task) -> list[Message]:
     """The task's prompt as the conversation that a trainer and the scorer take."""
     return [{"role": "user", "content": task.prompt}]

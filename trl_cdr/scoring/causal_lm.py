@@ -216,7 +216,9 @@ class CausalLM:
             return self._own
         if self._packed is None or layout.longest > self.decoder.rope_switch:
             return self._padded
-        unique = len(layout.prefix) + sum(job.num_tokens for job in self._packed.plan(layout, token_budget))
+        unique = sum(job.num_tokens for job in self._packed.plan(layout, token_budget))
+        if not self._packed.keeps(layout):
+            unique += len(layout.prefix)
         padded = sum(job.num_tokens for job in self._padded.plan(layout, token_budget))
         return self._packed if unique <= PACKED_SHARE * padded else self._padded
 

@@ -196,6 +196,10 @@ class Packed:
         kwargs.clear()  # the cache and the mask are not needed beside the logits
         return self._decoder.logps(hidden, pack.targets, pack.counts)
 
+    def keeps(self, layout: Layout) -> bool:
+        """Whether the layout's prefix serves other calls too, so that running it is no cost of this one."""
+        return 0 < len(layout.constant) <= self._prefixes.max_tokens
+
     def fill_cache(self, layout: Layout) -> DynamicCache:
         """A fresh cache that holds the layout's prefix, which is run if it is not kept."""
         if layout not in self._of_call:
@@ -243,7 +247,7 @@ class _PrefixStore:
     """Keys and values of prefixes, the least recently used out."""
 
     def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._states: OrderedDict[tuple[tuple[int, ...], int], KeyValues] = OrderedDict()
 
     def get(self, key: tuple[tuple[int, ...], int]) -> KeyValues | None:
@@ -253,10 +257,10 @@ class _PrefixStore:
         return states
 
     def put(self, key: tuple[tuple[int, ...], int], states: KeyValues) -> None:
-        if len(key[0]) > self._max_tokens:
+        if len(key[0]) > self.max_tokens:
             return
         self._states[key] = states
-        while sum(len(ids) for ids, _ in self._states) > self._max_tokens:
+        while sum(len(ids) for ids, _ in self._states) > self.max_tokens:
             self._states.popitem(last=False)
 
 

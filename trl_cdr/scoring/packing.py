@@ -97,12 +97,15 @@ class Layout:
     """
     A call's rows, and how they can be run. Strong and weak share one where they read the same rows.
 
-    Attributes:
-        rows (`tuple[Row, ...]`): As given.
+    Args:
+        rows (`Sequence[Row]`): The rows.
+        constant (`tuple[int, ...]`, *optional*): Tokens that all prompts start with, of which other calls' prompts do
+            too. Default: what the rows happen to share.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Row], *, constant: tuple[int, ...] = ()) -> None:
         self.rows = tuple(rows)
+        self.constant = constant
         self._packs: dict[tuple[int, int], list[Pack]] = {}
 
     @cached_property
@@ -113,7 +116,7 @@ class Layout:
     @cached_property
     def prefix(self) -> tuple[int, ...]:
         """The tokens that all prompts start with, if they are worth a forward of their own, else nothing."""
-        return common_prefix(self.rows)
+        return self.constant or common_prefix(self.rows)
 
     def packs(self, max_tokens: int, good_tokens: int) -> list[Pack]:
         """All rows after the prefix, see `plan_packs`."""
@@ -126,7 +129,37 @@ class Layout:
 
     def subset(self, indices: Sequence[int]) -> "Layout":
         """The layout of some of the rows."""
-        return Layout([self.rows[index] for index in indices])
+        return Layout([self.rows[index] for index in indices], constant=self.constant)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows of a call that are laid out together; `indices` are their places in the call."""
+
+    indices: tuple[int, ...]
+    layout: Layout
+
+
+def group_rows(rows: Sequence[Row], constants: Sequence[tuple[int, ...]]) -> list[Group]:
+    """
+    Group a call's rows by the tokens that stand before them in every call: those of their domain's conditioning.
+
+    Args:
+        rows (`Sequence[Row]`): The rows.
+        constants (`Sequence[tuple[int, ...]]`): Each row's tokens of that kind, or nothing.
+
+    Returns:
+        `list[Group]`: every row in one of them. Rows without such tokens, or whose prompt does not start with them (an
+        own system prompt stands first, or the left was cut off), are together.
+    """
+    members: dict[tuple[int, ...], list[int]] = {}
+    for index, (row, constant) in enumerate(zip(rows, constants, strict=True)):
+        is_behind = len(constant) < len(row.prompt_ids) and row.prompt_ids[: len(constant)] == constant
+        members.setdefault(constant if is_behind else (), []).append(index)
+    return [
+        Group(tuple(indices), Layout([rows[index] for index in indices], constant=constant))
+        for constant, indices in members.items()
+    ]
 
 
 def common_prefix(rows: Sequence[Row]) -> tuple[int, ...]:

@@ -4,19 +4,26 @@ Knows no conversation and no score: `scorer` asks it for two encoders and two mo
 """
 
 import logging
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..conditioning.criteria import Conditioning
 from ..config import CDRConfig
 from ..errors import ConfigError, ModelError
 from .causal_lm import CausalLM, hub_kwargs
 from .encoding import Completion, Encoder, Prompt, Row, Unscorable, fit, own_chat_template, vocabulary_hash
+from .packing import Group, common_prefix
 
 logger = logging.getLogger(__name__)
+
+# Prompts that start differently: what their conditioned forms share is the conditioning's and the template's.
+_PROBES = ("a", "B", "7", "(", "-", "é", "中")
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Member:
     lm: CausalLM
     encoder: Encoder
     max_length: int | None
+    _constants: dict[tuple[Conditioning, bool], tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -50,6 +58,32 @@ class Member:
         if max(row.ids) >= self.lm.num_embeddings:
             raise Unscorable(f"the row holds the token id {max(row.ids)}, for which {self.lm.name} has no embedding")
         return row
+
+    def constant_ids(self, conditioning: Conditioning, *, is_text: bool) -> tuple[int, ...]:
+        """
+        The tokens that every prompt under a conditioning starts with; nothing where they are too few to be kept.
+
+        Args:
+            conditioning (`Conditioning`): What the prompts are conditioned with.
+            is_text (`bool`): The prompts are strings, not conversations.
+        """
+        if conditioning.is_empty:
+            return ()
+        key = (conditioning, is_text)
+        if key not in self._constants:
+            prompts: list[Prompt] = [text if is_text else [{"role": "user", "content": text}] for text in _PROBES]
+            self._constants[key] = common_prefix(
+                [self.encoder.encode(conditioning.apply(prompt), Completion("a", None)) for prompt in prompts]
+            )
+        return self._constants[key]
+
+    def per_token_logps(self, groups: Sequence[Group], *, token_budget: int) -> list[Tensor]:
+        """Log-probabilities of every row of the groups in the call's order; see `CausalLM.per_token_logps`."""
+        results: dict[int, Tensor] = {}
+        for group in groups:
+            logps = self.lm.per_token_logps(group.layout, token_budget=token_budget)
+            results.update(zip(group.indices, logps, strict=True))
+        return [results[index] for index in range(len(results))]
 
 
 @dataclass(frozen=True)
@@ -77,6 +111,60 @@ class Pair:
         """Ids at which a completion ends, of both models: templates, tokenizers and generation configs."""
         members = (self.strong, self.weak)
         return frozenset().union(*(member.end_ids for member in members))
+
+
+class PairSource:
+    """
+    A pair that is loaded when it is first asked for. Scorers that hold the same source share its models.
+
+    Pickled without loaded models; what is pickled together stays shared.
+
+    Args:
+        config (`CDRConfig`): How to load and read.
+        models (`dict[str, str | nn.Module]`): `strong` and `weak`: names, paths or loaded models.
+        tokenizers (`dict`): `strong_tokenizer` and `weak_tokenizer`, each a tokenizer or `None`.
+
+    Attributes:
+        lock (`RLock`): Held by whoever uses the models.
+    """
+
+    def __init__(self, config: CDRConfig, models: dict[str, Any], tokenizers: dict[str, Any]) -> None:
+        self.config = config
+        self.lock = threading.RLock()
+        self._models = models
+        self._tokenizers = tokenizers
+        self._pair: Pair | None = None
+
+    def get(self) -> Pair:
+        """
+        The pair.
+
+        Raises:
+            ConfigError: a model that was passed as an object did not survive pickling.
+            ModelError: a model or tokenizer can't be loaded or can't serve.
+        """
+        with self.lock:
+            if self._pair is None:
+                for role, model in self._models.items():
+                    if model is None:
+                        raise ConfigError(
+                            f"{role} was a loaded model, and loaded models are not pickled. Build the scorer or reward "
+                            "in the process that uses it, or pass a name or a path."
+                        )
+                self._pair = load_pair(self.config, **self._models, **self._tokenizers)
+            return self._pair
+
+    def unload(self) -> None:
+        """Let go of the models and of all that is kept for them."""
+        with self.lock:
+            self._pair = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        models = {role: None if isinstance(model, nn.Module) else model for role, model in self._models.items()}
+        return {"config": self.config, "models": models, "tokenizers": self._tokenizers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
 
 def check_sources(

@@ -1,61 +1,35 @@
-"""The one entrance to scoring: read, encode, run strong and weak, reduce -> Score.
+"""The one entrance to scoring: route, condition, encode, run strong and weak, reduce -> Score.
 
 Adapters (`training.reward`, the command line) turn scores into what their callers want; none of them touches a model.
 """
 
 import operator
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..config import CDRConfig
+from ..conditioning.criteria import Conditioning, Criteria
+from ..conditioning.router import Router, confusion
+from ..config import PAIR_OPTIONS, CDRConfig
 from ..errors import ConfigError, InputError
 from .completions import CompletionReader
 from .encoding import Completion, Message, Prompt, Row, Unscorable, shorten
-from .packing import Layout
-from .pair import Pair, check_sources, load_pair, load_tokenizer
-from .ratio import log_ratio, sum_logps
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """
-    What the pair says of one completion.
-
-    Attributes:
-        value (`float` or `None`): The log-ratio after the reduction, nats (nats per token for `mean`); `None` where it
-            can't be computed.
-        strong_logps, weak_logps (`float` or `None`): Log-probability of the whole completion under each model, nats.
-        n_tokens (`int`): Completion tokens, end token included, as the strong model's tokenizer counts them; 0 where
-            there is no score.
-        domain (`str` or `None`): The row's domain, as given.
-        finished (`bool` or `None`): The policy ended its turn (the end token was scored), was cut off, or nobody knows.
-        truncated (`bool`): The prompt lost tokens on its left, for at least one of the models.
-        per_token (`Tensor` of shape (T,) or `None`): Log-ratio of each completion token, nats, float32 on the CPU;
-            where both models read the same tokens.
-        error (`str` or `None`): Why there is no value.
-    """
-
-    value: float | None
-    strong_logps: float | None = None
-    weak_logps: float | None = None
-    n_tokens: int = 0
-    domain: str | None = None
-    finished: bool | None = None
-    truncated: bool = False
-    per_token: Tensor | None = field(default=None, repr=False, compare=False)
-    error: str | None = None
+from .packing import Layout, group_rows
+from .pair import Pair, PairSource, check_sources, load_tokenizer
+from .score import Score, score_from_logps
 
 
 class DensityRatioScorer:
     """
     Scores completions by the log-density ratio of two causal language models (arXiv 2411.02481):
 
-        value(x, y) = log p_strong(y | x) - log p_weak(y | x)        (nats)
+        value(x, y) = log p_strong(y | c, x) - log p_weak(y | c, x)        (nats)
+
+    c is what `criteria` say of the prompt's domain; nothing without them.
 
     The pair is loaded inside the first call, on the process's own device. Deterministic; draws from no global random
     state; safe to call from several threads (one at a time runs); can be pickled, without loaded models.
@@ -64,7 +38,12 @@ class DensityRatioScorer:
         strong, weak (`str` or `nn.Module`): Better and less aligned model: a name, a path, or a loaded model, which is
             used as it is and never changed.
         strong_tokenizer, weak_tokenizer (`PreTrainedTokenizerBase`, *optional*): Needed with a loaded model.
-        **options: The fields of [`CDRConfig`] without their prefix.
+        criteria (`str` or `Criteria`, *optional*): A TOML file, a preset, or [`Criteria`] that were built in Python.
+        router (`str` or `Callable`, *optional*): How a prompt's domain is found: `"column:NAME"`, `"likelihood"`, or a
+            function from a prompt to the name of its domain, itself or as a dotted path.
+        share (`DensityRatioScorer`, *optional*): Another scorer whose models this one uses, in place of `strong` and
+            `weak`: several criteria, one pair in memory. How the pair is loaded and reads prompts is the other's.
+        **options: The other fields of [`CDRConfig`] without their prefix.
 
     Raises:
         ConfigError: an argument is missing, unknown or not allowed.
@@ -85,24 +64,30 @@ class DensityRatioScorer:
         *,
         strong_tokenizer: PreTrainedTokenizerBase | None = None,
         weak_tokenizer: PreTrainedTokenizerBase | None = None,
+        criteria: str | Path | Criteria | None = None,
+        router: str | Callable[[Prompt], str] | None = None,
+        share: "DensityRatioScorer | None" = None,
         **options: Any,
     ) -> None:
-        check_sources(strong, weak, strong_tokenizer, weak_tokenizer)
-        names = {
-            role: f"<{type(model).__name__}>" if isinstance(model, nn.Module) else str(model)
-            for role, model in (("strong", strong), ("weak", weak))
-        }
-        self.config = CDRConfig.from_options(**names, **options)
-        self._set_up(
-            {"strong": strong, "weak": weak}, {"strong_tokenizer": strong_tokenizer, "weak_tokenizer": weak_tokenizer}
-        )
-
-    def _set_up(self, models: dict[str, Any], tokenizers: dict[str, Any], policy: Any = None) -> None:
-        self._models = models
-        self._tokenizers = tokenizers
-        self._policy = policy
-        self._reader: CompletionReader | None = None  # with its pair, once loaded
-        self._lock = threading.RLock()
+        models = {"strong": strong, "weak": weak}
+        tokenizers = {"strong_tokenizer": strong_tokenizer, "weak_tokenizer": weak_tokenizer}
+        if share is None:
+            check_sources(strong, weak, strong_tokenizer, weak_tokenizer)
+            options |= {role: model if isinstance(model, str) else _show(model) for role, model in models.items()}
+        else:
+            options |= _shared_options(share, {**models, **tokenizers, **options})
+        options["criteria"] = str(criteria) if isinstance(criteria, (str, Path)) else _show(criteria)
+        options["router"] = router if isinstance(router, str) else _show(router)
+        self.config = CDRConfig.from_options(**options)
+        self.criteria = Criteria.load(str(criteria)) if isinstance(criteria, (str, Path)) else criteria
+        self.router: Router | None = None
+        if self.criteria is not None:
+            if not isinstance(self.criteria, Criteria):
+                raise ConfigError(f"criteria is {criteria!r}. Pass Criteria, a TOML file or a preset's name.")
+            self.router = Router(self.criteria, domain=self.config.cdr_domain, router=router)
+        self._source: PairSource = PairSource(self.config, models, tokenizers) if share is None else share._source
+        self._policy: Any = None
+        self._reader: CompletionReader | None = None  # of the loaded pair
 
     @classmethod
     def from_config(cls, config: CDRConfig, args: Any = None) -> "DensityRatioScorer":
@@ -135,13 +120,14 @@ class DensityRatioScorer:
                 scored as they are, and say whether the completion is finished.
             finished (`Sequence[bool | None]`, *optional*): Whether the policy ended its turn; used where ids don't
                 say. Default: finished without `completion_ids`; with them, what the policy's tokenizer says.
-            domains (`Sequence[str | None]`, *optional*): Returned with the scores.
+            domains (`Sequence[str | None]`, *optional*): Each prompt's domain; it wins over the router's. `None` leaves
+                a row to the router. Without criteria, returned as they are.
 
         Returns:
             `list[Score]`: one for each prompt, in order. A row that can't be scored has `error` set and no value.
 
         Raises:
-            InputError: lengths differ.
+            InputError: lengths differ, a domain is unknown, or nothing says what it is.
             ConfigError: conversations without any chat template, or a pair that was lost by pickling.
             ModelError: a model can't be loaded or can't serve, or memory does not hold a single row.
         """
@@ -149,26 +135,26 @@ class DensityRatioScorer:
         ids = None if completion_ids is None else _check_ids(completion_ids)
         if len(prompts) == 0:
             return []
-        with self._lock:
+        with self._source.lock:
+            domains = self.route(prompts, domains)
+            conditioned, conditionings = self._condition(prompts, domains)
             reader = self._load()
             pair = reader.pair
             read = reader.read(completions, ids, finished)
-            rows = _encode(pair, prompts, read)
-            runnable = [row for row in rows if not isinstance(row, Unscorable)]
-            budget = self.config.cdr_token_budget
-            layouts = [Layout([row[0] for row in runnable])]
-            layouts.append(layouts[0] if pair.reads_alike else Layout([row[1] for row in runnable]))
-            strong = pair.strong.lm.per_token_logps(layouts[0], token_budget=budget)
-            weak = pair.weak.lm.per_token_logps(layouts[1], token_budget=budget)
-        if domains is None:
-            domains = [None] * len(rows)
+            rows = _encode(pair, conditioned, read)
+            runnable = [index for index, row in enumerate(rows) if not isinstance(row, Unscorable)]
+            strong, weak = self._run(
+                pair,
+                [row for row in rows if not isinstance(row, Unscorable)],
+                [(conditionings[index], isinstance(prompts[index], str)) for index in runnable],
+            )
         logps = iter(zip(strong, weak, strict=True))
         scores = []
         for row, completion, domain in zip(rows, read, domains, strict=True):
             if isinstance(row, Unscorable):
                 score = Score(None, error=str(row))
             else:
-                score = _reduce(
+                score = score_from_logps(
                     row,
                     *next(logps),
                     reduction=self.config.cdr_reduction,
@@ -178,6 +164,96 @@ class DensityRatioScorer:
             scores.append(replace(score, domain=domain, finished=ended))
         return scores
 
+    def route(self, prompts: Sequence[Prompt], domains: Sequence[str | None] | None = None) -> list[str | None]:
+        """
+        The domain whose criteria each prompt gets.
+
+        Args:
+            prompts (`Sequence`): Strings or conversations.
+            domains (`Sequence[str | None]`, *optional*): What is known; it wins.
+
+        Returns:
+            `list[str | None]`: `None` where a prompt can't be read, or can't be classified.
+
+        Raises:
+            InputError: a domain is unknown, or nothing says what it is.
+        """
+        if self.router is None:
+            return [None] * len(prompts) if domains is None else list(domains)
+        return self.router.route(prompts, domains, self._score_labels)
+
+    def confusion(self, prompts: Sequence[Prompt], domains: Sequence[str]) -> dict[str, dict[str, int]]:
+        """
+        Count the router's domains of labelled prompts: for each right domain, how often each was found.
+
+        Args:
+            prompts (`Sequence`): Strings or conversations.
+            domains (`Sequence[str]`): The right domain of each.
+        """
+        _check_columns(prompts, prompts, domains=domains)
+        return confusion(domains, self.route(prompts))
+
+    def _run(
+        self, pair: Pair, rows: Sequence[tuple[Row, Row]], behind: Sequence[tuple[Conditioning | None, bool]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Both models' per-token log-probabilities. `behind`: each row's conditioning, and whether it is raw text."""
+        groups = None
+        results = []
+        for index, member in enumerate((pair.strong, pair.weak)):
+            if groups is None or not pair.reads_alike:
+                constants = [
+                    () if conditioning is None else member.constant_ids(conditioning, is_text=is_text)
+                    for conditioning, is_text in behind
+                ]
+                groups = group_rows([row[index] for row in rows], constants)
+            results.append(member.per_token_logps(groups, token_budget=self.config.cdr_token_budget))
+        return results[0], results[1]
+
+    def _score_labels(self, texts: Sequence[str], labels: Sequence[str]) -> list[list[float] | None]:
+        """The strong model's mean log-probability of each label's tokens as the completion of each text, nats."""
+        with self._source.lock:
+            member = self._load().pair.strong
+            is_chat = member.encoder.chat_template is not None
+            rows: dict[int, list[Row]] = {}
+            for index, text in enumerate(texts):
+                try:
+                    rows[index] = [
+                        member.encode([{"role": "user", "content": text}], Completion(label, None))
+                        if is_chat
+                        else member.encode(text, Completion(f" {label}", None))
+                        for label in labels
+                    ]
+                except Unscorable:
+                    continue
+            layout = Layout([row for labelled in rows.values() for row in labelled])
+            logps = iter(member.lm.per_token_logps(layout, token_budget=self.config.cdr_token_budget))
+        means = {index: [float(next(logps).mean()) for _ in labels] for index in rows}
+        return [means.get(index) for index in range(len(texts))]
+
+    def _condition(
+        self, prompts: Sequence[Prompt], domains: Sequence[str | None]
+    ) -> tuple[list[Prompt | Unscorable], list[Conditioning | None]]:
+        """Each prompt as the models read it, and what was put before it."""
+        if self.criteria is None:
+            return list(prompts), [None] * len(prompts)
+        conditionings = {
+            domain: self.criteria.conditioning(
+                domain,
+                num_exemplars=self.config.cdr_num_exemplars,
+                style=self.config.cdr_exemplar_style,
+                seed=self.config.cdr_seed,
+            )
+            for domain in dict.fromkeys(domains)
+            if domain is not None
+        }
+        conditioned: list[Prompt | Unscorable] = []
+        for prompt, domain in zip(prompts, domains, strict=True):
+            if domain is None:
+                conditioned.append(Unscorable("its domain can't be told: no user's turn of the prompt can be read"))
+            else:
+                conditioned.append(conditionings[domain].apply(prompt))
+        return conditioned, [None if domain is None else conditionings[domain] for domain in domains]
+
     def load(self) -> None:
         """
         Load the pair now, where the first call to `score` would.
@@ -186,20 +262,14 @@ class DensityRatioScorer:
             ConfigError: a model that was passed as an object did not survive pickling.
             ModelError: a model or tokenizer can't be loaded or can't serve.
         """
-        with self._lock:
+        with self._source.lock:
             self._load()
 
     def _load(self) -> CompletionReader:
-        if self._reader is None:
-            for role, model in self._models.items():
-                if model is None:
-                    raise ConfigError(
-                        f"{role} was a loaded model, and loaded models are not pickled. Build the "
-                        f"{type(self).__name__} in the process that uses it, or pass a name or a path."
-                    )
+        pair = self._source.get()
+        if self._reader is None or self._reader.pair is not pair:
             if self.config.cdr_policy_tokenizer is not None:
                 self._policy = load_tokenizer(self.config, self.config.cdr_policy_tokenizer, "cdr_policy_tokenizer")
-            pair = load_pair(self.config, **self._models, **self._tokenizers)
             self._reader = CompletionReader(pair, self._policy)
         return self._reader
 
@@ -215,7 +285,7 @@ class DensityRatioScorer:
         Raises:
             ConfigError, ModelError: as `load`.
         """
-        with self._lock:
+        with self._source.lock:
             pair = self._load().pair
             return {
                 "strong": pair.strong.describe(),
@@ -225,8 +295,9 @@ class DensityRatioScorer:
             }
 
     def unload(self) -> None:
-        """Let go of the pair and of the prefixes kept for it; the next call loads it again."""
-        with self._lock:
+        """Let go of the pair and of the prefixes kept for it, for all who share it; the next call loads it again."""
+        with self._source.lock:
+            self._source.unload()
             self._reader = None
 
     def use_policy_tokenizer(self, tokenizer: Any) -> None:
@@ -236,20 +307,37 @@ class DensityRatioScorer:
         Args:
             tokenizer: The policy's tokenizer, or a processor that holds it.
         """
-        with self._lock:
+        with self._source.lock:
             if self.config.cdr_policy_tokenizer is None and tokenizer is not self._policy:
                 self._policy = tokenizer
                 if self._reader is not None:
                     self._reader = CompletionReader(self._reader.pair, tokenizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Config, names and tokenizers; loaded models stay behind."""
-        models = {role: None if isinstance(model, nn.Module) else model for role, model in self._models.items()}
-        return {"config": self.config, "models": models, "tokenizers": self._tokenizers, "policy": self._policy}
+        """All but what belongs to loaded models, which stay behind."""
+        return {**self.__dict__, "_reader": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.config = state["config"]
-        self._set_up(state["models"], state["tokenizers"], state["policy"])
+
+def _show(given: Any) -> str | None:
+    """What stands in the config for an object that was passed in place of a name."""
+    if given is None:
+        return None
+    return f"<{getattr(given, '__name__', type(given).__name__)}>"
+
+
+def _shared_options(share: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The options that a scorer takes over from the one whose pair it shares."""
+    if not isinstance(share, DensityRatioScorer):
+        raise ConfigError(f"share is a {type(share).__name__}. Pass the scorer (or reward) whose pair is to be shared.")
+    tokenizers = ("strong_tokenizer", "weak_tokenizer")
+    for name in (*PAIR_OPTIONS, *tokenizers):
+        if given.get(name) is not None:
+            raise ConfigError(
+                f"share is given, and {name} too: the pair and how it reads are those of the one that shares. "
+                f"Leave {name} out."
+            )
+    options = share.config.options()
+    return {name: options[name] for name in PAIR_OPTIONS}
 
 
 def _check_columns(prompts: Any, completions: Any, **optional: Any) -> None:
@@ -281,13 +369,13 @@ def _check_ids(completion_ids: Sequence[Any]) -> list[list[int]]:
 
 
 def _encode(
-    pair: Pair, prompts: Sequence[Prompt], completions: Sequence[Completion | Unscorable]
+    pair: Pair, prompts: Sequence[Prompt | Unscorable], completions: Sequence[Completion | Unscorable]
 ) -> list[tuple[Row, Row] | Unscorable]:
     """Each row as strong and weak read it, or why one of them can't."""
     encoded: list[tuple[Row, Row] | Unscorable] = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        if isinstance(completion, Unscorable):
-            encoded.append(completion)
+        if isinstance(completion, Unscorable) or isinstance(prompt, Unscorable):
+            encoded.append(completion if isinstance(completion, Unscorable) else prompt)  # type: ignore[arg-type]
             continue
         try:
             strong = pair.strong.encode(prompt, completion)
@@ -295,28 +383,3 @@ def _encode(
         except Unscorable as reason:
             encoded.append(reason)
     return encoded
-
-
-def _reduce(
-    rows: tuple[Row, Row], strong_logps: Tensor, weak_logps: Tensor, *, reduction: str, shares_vocabulary: bool
-) -> Score:
-    """Two models' per-token log-probabilities of one completion -> its score."""
-    for role, logps in (("strong", strong_logps), ("weak", weak_logps)):
-        broken = (~logps.isfinite()).nonzero()
-        if len(broken):
-            index = int(broken[0])
-            return Score(
-                None,
-                error=f"{role} gave the log-probability {float(logps[index])} at completion token {index}: its weights "
-                "are broken or its dtype overflows. Try cdr_dtype='float32'",
-            )
-    strong_row, weak_row = rows
-    reads_alike = shares_vocabulary and strong_row.completion_ids == weak_row.completion_ids
-    return Score(
-        value=log_ratio(strong_logps, weak_logps, reduction),
-        strong_logps=sum_logps(strong_logps),
-        weak_logps=sum_logps(weak_logps),
-        n_tokens=len(strong_logps),
-        truncated=strong_row.truncated or weak_row.truncated,
-        per_token=strong_logps - weak_logps if reads_alike else None,
-    )

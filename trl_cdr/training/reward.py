@@ -3,15 +3,18 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..conditioning.criteria import Criteria
 from ..config import CDRConfig
-from ..errors import UnscorableError
+from ..errors import ConfigError, UnscorableError
 from ..scoring.encoding import Message, Prompt
-from ..scoring.scorer import DensityRatioScorer, Score
+from ..scoring.score import Score
+from ..scoring.scorer import DensityRatioScorer
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,11 @@ class CDRReward:
         strong, weak (`str` or `nn.Module`): Better and less aligned model: a name, a path, or a loaded model, which is
             used as it is and never changed.
         strong_tokenizer, weak_tokenizer (`PreTrainedTokenizerBase`, *optional*): Needed with a loaded model.
-        **options: The fields of [`CDRConfig`] without their prefix.
+        criteria, router (*optional*): What a good completion is in each domain, and how a prompt's domain is found; see
+            [`DensityRatioScorer`]. With `router="column:NAME"` the data set's column says.
+        share (`CDRReward`, *optional*): Another reward whose models this one uses, in place of `strong` and `weak`: two
+            objectives with one pair in memory. Give it a `name` of its own.
+        **options: The other fields of [`CDRConfig`] without their prefix.
 
     Raises:
         ConfigError: an argument is missing, unknown or not allowed.
@@ -52,11 +59,33 @@ class CDRReward:
         *,
         strong_tokenizer: PreTrainedTokenizerBase | None = None,
         weak_tokenizer: PreTrainedTokenizerBase | None = None,
+        criteria: str | Path | Criteria | None = None,
+        router: str | Callable[[Prompt], str] | None = None,
+        share: "CDRReward | None" = None,
         **options: Any,
     ) -> None:
-        self.scorer = DensityRatioScorer(
-            strong, weak, strong_tokenizer=strong_tokenizer, weak_tokenizer=weak_tokenizer, **options
+        if not isinstance(share, CDRReward | None):
+            raise ConfigError(f"share is a {type(share).__name__}. Pass the CDRReward whose pair is to be shared.")
+        self.scorer: DensityRatioScorer = DensityRatioScorer(
+            strong,
+            weak,
+            strong_tokenizer=strong_tokenizer,
+            weak_tokenizer=weak_tokenizer,
+            criteria=criteria,
+            router=router,
+            share=None if share is None else share.scorer,
+            **options,
         )
+        if share is not None and share.config.cdr_name == self.config.cdr_name:
+            raise ConfigError(
+                f"name is {self.config.cdr_name!r}, and so is that of the reward that shares its pair: their metrics "
+                "would mix. Pass another name."
+            )
+        if self.scorer.router is not None and self.scorer.router.is_undecided:
+            domains = ", ".join(self.scorer.router.domains)
+            raise ConfigError(
+                f"criteria has several domains ({domains}), and nothing selects one. Pass router or domain."
+            )
         # TRL < 1.9 reads __name__ unguarded, and every version shows it in its logs (trl#6313).
         self.__name__ = f"{self.config.cdr_name}_reward"
 
@@ -83,7 +112,7 @@ class CDRReward:
         completion_ids: Sequence[Sequence[int]] | None = None,
         *,
         log_metric: Callable[[str, float], None] | None = None,
-        **columns: Any,  # noqa: ARG002 - TRL's contract: data set columns, trainer_state, log_extra, ...
+        **columns: Any,  # TRL's contract: data set columns, trainer_state, log_extra, ...
     ) -> list[float | None]:
         """
         Reward each completion, as TRL calls it.
@@ -93,7 +122,7 @@ class CDRReward:
             completion_ids (`Sequence[Sequence[int]]`, *optional*): The policy's token ids, padded or not.
             log_metric (`Callable`, *optional*): GRPO's and RLOO's; receives the shares `<name>/unscorable` and
                 `<name>/truncated` of each call.
-            **columns: What else the trainer hands over; not used.
+            **columns: What else the trainer hands over. `router="column:NAME"` reads the domains from here.
 
         Returns:
             `list[float | None]`: one finite reward for each completion, in nats; `None` only where
@@ -101,13 +130,15 @@ class CDRReward:
 
         Raises:
             UnscorableError: a row can't be scored and `cdr_on_unscorable="raise"`.
-            InputError, ConfigError, ModelError: see `DensityRatioScorer.score`.
+            InputError: the router's column is missing, and see `DensityRatioScorer.score`.
+            ConfigError, ModelError: see `DensityRatioScorer.score`.
         """
         # GRPO and RLOO hand over a bound method of the trainer, the one way to its tokenizer that a callable has.
         policy_tokenizer = getattr(getattr(log_metric, "__self__", None), "processing_class", None)
         if policy_tokenizer is not None:
             self.scorer.use_policy_tokenizer(policy_tokenizer)
-        scores = self.scorer.score(prompts, completions, completion_ids=completion_ids)
+        domains = None if self.scorer.router is None else self.scorer.router.read_column(columns)
+        scores = self.scorer.score(prompts, completions, completion_ids=completion_ids, domains=domains)
         unscorable = [index for index, score in enumerate(scores) if score.error is not None]
         if unscorable:
             logger.warning(

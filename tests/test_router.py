@@ -1,0 +1,113 @@
+"""Which domain a prompt belongs to, by every rule, and what each rule refuses."""
+
+import pytest
+from tiny import chat
+
+from trl_cdr import ConfigError, Criteria, DomainCriteria, InputError
+from trl_cdr.conditioning.router import Router, ask, confusion, read_request
+
+CRITERIA = Criteria({"math": DomainCriteria(), "poems": DomainCriteria(), "other": DomainCriteria()})
+PROMPTS = [chat("1 + 1"), "a poem", chat("a poem", "ok", "2 + 2")]
+
+
+def by_digit(prompt):
+    return "math" if any(character.isdigit() for character in str(prompt)) else "poems"
+
+
+def never(texts, labels):
+    raise AssertionError("no model is needed")
+
+
+def test_constant():
+    assert Router(CRITERIA, domain="poems").route(PROMPTS, None, never) == ["poems"] * 3
+    assert Router(Criteria({"only": DomainCriteria()})).route(PROMPTS, None, never) == ["only"] * 3
+    with pytest.raises(
+        ConfigError, match="cdr_domain: the domain 'law' is not among the criteria's: math, poems, other"
+    ):
+        Router(CRITERIA, domain="law")
+    with pytest.raises(ConfigError, match="domain is 'math' and router is 'likelihood': one of them decides"):
+        Router(CRITERIA, domain="math", router="likelihood")
+
+
+def test_what_the_caller_knows_wins():
+    router = Router(CRITERIA, domain="poems")
+    assert router.route(PROMPTS, ["math", None, "other"], never) == ["math", "poems", "other"]
+    with pytest.raises(InputError, match="the domain 'law'"):
+        router.route(PROMPTS, ["law", None, None], never)
+
+
+def test_several_domains_and_no_rule():
+    router = Router(CRITERIA)
+    assert router.is_undecided
+    assert router.route(PROMPTS, ["math"] * 3, never) == ["math"] * 3
+    with pytest.raises(InputError, match="several domains .math, poems, other., and neither the call nor a router"):
+        router.route(PROMPTS, None, never)
+
+
+def test_column():
+    router = Router(CRITERIA, router="column:kind")
+    assert not router.is_undecided
+    assert router.read_column({"kind": ["math"], "other": [1]}) == ["math"]
+    with pytest.raises(InputError, match="router is 'column:kind', and the call has only: a, b. Add the column"):
+        router.read_column({"a": [1], "b": [2]})
+    with pytest.raises(InputError, match="router is 'column:kind', and the call names no domains"):
+        router.route(PROMPTS, None, never)
+    with pytest.raises(ConfigError, match="names no column"):
+        Router(CRITERIA, router="column: ")
+
+
+def test_callable():
+    expected = ["math", "poems", "math"]
+    assert Router(CRITERIA, router=by_digit).route(PROMPTS, None, never) == expected
+    assert Router(CRITERIA, router="test_router.by_digit").route(PROMPTS, None, never) == expected
+    for path in ("no.such.module", "test_router.nothing", "word"):
+        with pytest.raises(ConfigError, match=f"router is '{path}', which can't be imported"):
+            Router(CRITERIA, router=path)
+    with pytest.raises(ConfigError, match="router is 3. Pass 'column:NAME'"):
+        Router(CRITERIA, router=3)
+
+    def broken(prompt):
+        raise KeyError("oh")
+
+    def lost(prompt):
+        return "law"
+
+    with pytest.raises(InputError, match="the router broken raised KeyError: 'oh'"):
+        Router(CRITERIA, router=broken).route(PROMPTS, None, never)
+    with pytest.raises(InputError, match="the router lost returned 'law': the domain 'law' is not among"):
+        Router(CRITERIA, router=lost).route(PROMPTS, None, never)
+    with pytest.raises(InputError, match="returned None. It has to return a domain's name"):
+        Router(CRITERIA, router=print).route(PROMPTS, None, never)
+
+
+def test_likelihood_takes_the_most_likely_label_and_remembers():
+    asked = []
+
+    def score(texts, labels):
+        asked.extend(texts)
+        return [[-1.0 if (label == "math") == ("+" in text) else -2.0 for label in labels] for text in texts]
+
+    router = Router(CRITERIA, router="likelihood")
+    assert router.route(PROMPTS, None, score) == ["math", "poems", "math"]
+    assert asked == [ask(text, ["math", "poems", "other"]) for text in ("1 + 1", "a poem", "2 + 2")]
+    assert router.route([chat("2 + 2"), chat("3 + 3")], None, score) == ["math", "math"]
+    assert len(asked) == 4  # the first was known
+    assert router.route([None, [], chat("2 + 2")], None, never) == [None, None, "math"]
+    assert router.route([chat("unreadable")], None, lambda texts, labels: [None]) == [None]
+
+
+def test_the_request():
+    assert read_request("x" * 5000) == "x" * 2000
+    assert (
+        read_request([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}])
+        == "ab"
+    )
+    assert read_request([{"role": "system", "content": "a"}]) is None
+    assert read_request(chat("  ")) is None
+
+
+def test_confusion():
+    assert confusion(["a", "a", "b"], ["a", "b", None]) == {
+        "a": {"a": 1, "b": 1, "none": 0},
+        "b": {"a": 0, "b": 0, "none": 1},
+    }

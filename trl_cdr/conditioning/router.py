@@ -1,0 +1,206 @@
+"""Prompt -> domain: a constant, a data set's column, a callable, or the strong model's likelihood of the labels.
+
+Knows no model: for `likelihood` it is handed a function that scores labels. `criteria` says what a domain means.
+"""
+
+import importlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import ConfigError, InputError
+from .criteria import Criteria, Prompt
+
+COLUMN = "column:"
+LIKELIHOOD = "likelihood"
+
+# (texts, labels) -> for each text the mean log-probability of each label's tokens, nats; None where there is none
+LabelScorer = Callable[[Sequence[str], Sequence[str]], Sequence[Sequence[float] | None]]
+
+# What a request is shown by is its start; more would cost more than it tells.
+_SHOWN_CHARACTERS = 2000
+_REMEMBERED = 100_000
+
+
+class Router:
+    """
+    Finds each prompt's domain.
+
+    Args:
+        criteria (`Criteria`): Its domains are those that there are.
+        domain (`str`, *optional*): The domain of every prompt. Without it and without `router`, criteria with a single
+            domain have no other choice.
+        router (`str` or `Callable`, *optional*): `"column:NAME"`, `"likelihood"`, or a function from a prompt to the
+            name of its domain, itself or as a dotted path.
+
+    Raises:
+        ConfigError: both are given, the domain is unknown, or the dotted path leads nowhere.
+    """
+
+    def __init__(self, criteria: Criteria, *, domain: str | None = None, router: Any = None) -> None:
+        if domain is not None and router is not None:
+            raise ConfigError(f"domain is {domain!r} and router is {router!r}: one of them decides. Leave one out.")
+        self.domains = tuple(criteria.domains)
+        self._criteria = criteria
+        self._column: str | None = None
+        self._constant: str | None = None
+        self._callable: Callable[[Prompt], str] | None = None
+        self._name = str(router)
+        self._known: dict[str, str] = {}
+        if domain is not None:
+            try:
+                self._constant = criteria.resolve(domain)
+            except InputError as error:
+                raise ConfigError(f"cdr_domain: {error}") from None
+        elif router is None:
+            if len(criteria.domains) == 1:
+                [self._constant] = criteria.domains
+        elif isinstance(router, str) and router.startswith(COLUMN):
+            self._column = router.removeprefix(COLUMN).strip()
+            if not self._column:
+                raise ConfigError(f"router is {router!r}, which names no column. Write column:NAME.")
+        elif router != LIKELIHOOD:
+            self._callable = import_callable(router) if isinstance(router, str) else router
+            if not callable(self._callable):
+                raise ConfigError(
+                    f"router is {router!r}. Pass 'column:NAME', 'likelihood', a function or its dotted path."
+                )
+            self._name = getattr(self._callable, "__name__", self._name)
+        self._by_likelihood = router == LIKELIHOOD
+
+    def read_column(self, columns: Mapping[str, Any]) -> Sequence[str | None] | None:
+        """
+        The domains that a data set's columns name, where the router reads a column.
+
+        Raises:
+            InputError: the column is not there.
+        """
+        if self._column is None:
+            return None
+        if self._column not in columns:
+            raise InputError(
+                f"router is {COLUMN + self._column!r}, and the call has only: {', '.join(columns) or 'no columns'}. "
+                "Add the column to the data set."
+            )
+        values: Sequence[str | None] = columns[self._column]
+        return values
+
+    @property
+    def is_undecided(self) -> bool:
+        """There are several domains and no rule: every call has to say which."""
+        return (self._constant, self._column, self._callable) == (None, None, None) and not self._by_likelihood
+
+    def route(
+        self, prompts: Sequence[Prompt], domains: Sequence[str | None] | None, score_labels: LabelScorer
+    ) -> list[str | None]:
+        """
+        The domain of each prompt.
+
+        Args:
+            prompts (`Sequence`): Strings or conversations.
+            domains (`Sequence[str | None]`, *optional*): What the caller knows; it wins.
+            score_labels (`LabelScorer`): Called for `likelihood` alone.
+
+        Returns:
+            `list[str | None]`: One of the criteria's domains for each; None where a prompt can't be read or classified.
+
+        Raises:
+            InputError: a domain is unknown, or nothing says what it is.
+        """
+        asked: list[str | None] = [None] * len(prompts) if domains is None else list(domains)
+        unknown = [index for index, domain in enumerate(asked) if domain is None]
+        if unknown:
+            found = self._find([prompts[index] for index in unknown], score_labels)
+            for index, name in zip(unknown, found, strict=True):
+                asked[index] = name
+        return [None if domain is None else self._criteria.resolve(domain) for domain in asked]
+
+    def _find(self, prompts: Sequence[Prompt], score_labels: LabelScorer) -> Sequence[str | None]:
+        if self._constant is not None:
+            return [self._constant] * len(prompts)
+        if self._callable is not None:
+            return [self._call(self._callable, prompt) for prompt in prompts]
+        if self._by_likelihood:
+            return self._classify(prompts, score_labels)
+        if self._column is not None:
+            raise InputError(
+                f"router is {COLUMN + self._column!r}, and the call names no domains. Pass domains=, the values of "
+                "that column."
+            )
+        raise InputError(
+            f"the criteria have several domains ({', '.join(self.domains)}), and neither the call nor a "
+            "router says which. Pass domains=, domain= or router=."
+        )
+
+    def _call(self, function: Callable[[Prompt], str], prompt: Prompt) -> str:
+        try:
+            domain = function(prompt)
+        except Exception as error:
+            raise InputError(f"the router {self._name} raised {type(error).__name__}: {error}. Mend it.") from error
+        if not isinstance(domain, str):
+            raise InputError(f"the router {self._name} returned {domain!r}. It has to return a domain's name.")
+        try:
+            return self._criteria.resolve(domain)
+        except InputError as error:
+            raise InputError(f"the router {self._name} returned {domain!r}: {error}") from None
+
+    def _classify(self, prompts: Sequence[Prompt], score_labels: LabelScorer) -> list[str | None]:
+        requests = [read_request(prompt) for prompt in prompts]
+        new = list(dict.fromkeys(text for text in requests if text is not None and text not in self._known))
+        if new:
+            labels = list(self.domains)
+            for text, values in zip(new, score_labels([ask(text, labels) for text in new], labels), strict=True):
+                if values is not None:
+                    self._known[text] = labels[max(range(len(labels)), key=values.__getitem__)]
+        found = [None if text is None else self._known.get(text) for text in requests]
+        while len(self._known) > _REMEMBERED:
+            del self._known[next(iter(self._known))]
+        return found
+
+
+def ask(request: str, labels: Sequence[str]) -> str:
+    """The classification prompt, whose completion is one of the labels. What all requests share comes first."""
+    return (
+        f"What kind of request is this? Answer with one of these words: {', '.join(labels)}.\n\n"
+        f"Request: {request}\n\nKind:"
+    )
+
+
+def read_request(prompt: Prompt) -> str | None:
+    """The text that a prompt is classified by: its last user turn, shortened; None where there is none."""
+    content: Any = prompt
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        turns = [turn for turn in prompt if isinstance(turn, Mapping) and turn.get("role") == "user"]
+        content = turns[-1].get("content") if turns else None
+        if isinstance(content, list):
+            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    return content[:_SHOWN_CHARACTERS] if isinstance(content, str) and content.strip() else None
+
+
+def confusion(expected: Sequence[str], found: Sequence[str | None]) -> dict[str, dict[str, int]]:
+    """
+    Count the domains that a router found against those that are right.
+
+    Returns:
+        `dict`: for each expected domain how often each domain was found (`"none"`: no domain).
+    """
+    counts = Counter((right, said or "none") for right, said in zip(expected, found, strict=True))
+    said_at_all = sorted({said for _, said in counts})
+    return {right: {said: counts[right, said] for said in said_at_all} for right in sorted(set(expected))}
+
+
+def import_callable(path: str) -> Any:
+    """
+    What a dotted path leads to.
+
+    Raises:
+        ConfigError: there is no such module or attribute.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"router is {path!r}, which can't be imported ({error}). Pass 'column:NAME', 'likelihood' or the dotted "
+            "path of a function."
+        ) from None
