@@ -13,6 +13,19 @@ def completion_logps(model, prompt_ids, completion_ids) -> torch.Tensor:
     return torch.stack([logps[len(prompt_ids) + i - 1, token] for i, token in enumerate(completion_ids)]).cpu()
 
 
+def typicality(model, prompt_ids, completion_ids) -> float:
+    """Surplus of the log-probabilities over their means, per standard deviation, float64."""
+    ids = torch.tensor([[*prompt_ids, *completion_ids]], device=model.device)
+    with torch.no_grad():
+        logps = model(input_ids=ids).logits[0].double().log_softmax(-1)  # (T, V)
+    surplus = spread = 0.0
+    for place, token in enumerate(completion_ids, start=len(prompt_ids) - 1):
+        mean = float((logps[place].exp() * logps[place]).sum())
+        surplus += float(logps[place, token]) - mean
+        spread += float((logps[place].exp() * (logps[place] - mean).square()).sum().sqrt())
+    return surplus / spread
+
+
 def split_text(tokenizer, rendered: str, completion: str, end: str) -> tuple[list[int], list[int]]:
     """
     Prompt and completion ids of a text: a token is the prompt's if it ends before the completion starts.

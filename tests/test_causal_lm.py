@@ -195,11 +195,11 @@ def scarce(monkeypatch, way, *, most, error=None):
     """Let a way of running rows fail with more than `most` of them, as a GPU does; returns the sizes tried."""
     sizes, run = [], way.run
 
-    def limited(self, layout, job):
+    def limited(self, layout, job, *reduce):
         sizes.append(len(job.rows))
         if len(job.rows) > most:
             raise error or torch.OutOfMemoryError(OOM)
-        return run(self, layout, job)
+        return run(self, layout, job, *reduce)
 
     monkeypatch.setattr(way, "run", limited)
     return sizes

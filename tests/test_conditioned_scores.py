@@ -144,7 +144,8 @@ def test_what_sharing_refuses(checkpoints, options, message):
 
 
 def test_the_reward_reads_the_column(checkpoints):
-    reward = CDRReward(checkpoints["strong"], checkpoints["weak"], criteria=CRITERIA, router="column:kind")
+    plain = {"typicality": float("inf")}
+    reward = CDRReward(checkpoints["strong"], checkpoints["weak"], criteria=CRITERIA, router="column:kind", **plain)
     rows = {"prompts": [chat("hello")] * 2, "completions": [answer("world")] * 2}
     values = reward(**rows, kind=["lazy", "plain"])
     scores = reward.scorer.score(rows["prompts"], ["world"] * 2, domains=["lazy", "plain"])

@@ -1,10 +1,12 @@
 """Log-probabilities against float64, over odd shapes, and the bound on how many logits exist."""
 
+import math
+
 import pytest
 import torch
 
 from trl_cdr.scoring import logps
-from trl_cdr.scoring.logps import head_logps, token_logps
+from trl_cdr.scoring.logps import head_logps, token_logps, token_statistics
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -42,3 +44,51 @@ def test_a_vocabulary_larger_than_a_chunk_still_runs(monkeypatch):
     monkeypatch.setattr(logps, "LOGITS_PER_CHUNK", 3)
     hidden = torch.eye(4)
     assert head_logps(hidden, torch.arange(4), lambda states: states, vocab_size=4).shape == (4,)
+
+
+def statistics_in_float64(logits, targets):
+    logps = logits.double().log_softmax(-1)
+    means = (logps.exp() * logps).sum(-1)
+    spreads = (logps.exp() * (logps - means[:, None]).square()).sum(-1).sqrt()
+    return torch.stack([logps[torch.arange(len(targets)), targets], -means, spreads], dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("count", "vocab", "scale"), [(1, 2, 1), (17, 101, 5), (8, 32_000, 3), (4, 151_936, 10), (5, 7, 40)]
+)
+def test_token_statistics_equal_float64(count, vocab, scale, dtype):
+    generator = torch.Generator().manual_seed(vocab)
+    logits = (torch.randn(count, vocab, generator=generator) * scale).to(dtype)
+    targets = torch.randint(vocab, (count,), generator=generator)
+    result = token_statistics(logits, targets)
+    torch.testing.assert_close(result.double(), statistics_in_float64(logits, targets), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("vocab", [2, 100, 151_936])
+def test_certain_and_uniform_positions_have_no_spread(vocab):
+    targets = torch.zeros(1, dtype=torch.long)
+    uniform = token_statistics(torch.full((1, vocab), 3.7), targets)[0]
+    assert uniform[1] == pytest.approx(math.log(vocab), rel=1e-5)
+    assert uniform[2] == 0
+    certain = torch.zeros(1, vocab)
+    certain[0, 0] = 100
+    assert token_statistics(certain, targets)[0].tolist() == pytest.approx([0, 0, 0], abs=1e-30)
+    impossible = torch.zeros(1, vocab)
+    impossible[0, 1] = -torch.inf
+    assert token_statistics(impossible, targets).isfinite().all()
+    nearly = torch.zeros(1, vocab)  # 1 - 1e-8: a spread that E[x^2] - E[x]^2 would lose
+    nearly[0, 0] = math.log(vocab) + 18.4
+    expected = statistics_in_float64(nearly, targets)[0, 2]
+    assert float(token_statistics(nearly, targets)[0, 2]) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_statistics_come_in_chunks_too(monkeypatch):
+    monkeypatch.setattr(logps, "LOGITS_PER_CHUNK", 20)
+    logits, targets = torch.randn(9, 7, generator=torch.Generator().manual_seed(1)), torch.arange(9) % 7
+    chunked = head_logps(logits, targets, lambda states: states, vocab_size=7, reduce=token_statistics)
+    torch.testing.assert_close(chunked, token_statistics(logits, targets))
+    assert head_logps(logits[:0], targets[:0], lambda states: states, vocab_size=7, reduce=token_statistics).shape == (
+        0,
+        3,
+    )

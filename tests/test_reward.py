@@ -12,7 +12,8 @@ from trl_cdr.training.reward import rewards_from_scores
 
 @pytest.fixture(scope="module")
 def reward(checkpoints):
-    return CDRReward(checkpoints["strong"], checkpoints["weak"])
+    """The plain ratio: what random models say of text is never typical."""
+    return CDRReward(checkpoints["strong"], checkpoints["weak"], typicality=float("inf"))
 
 
 def test_the_contract(reward):
@@ -47,7 +48,12 @@ def test_an_unscorable_row_gets_the_floor_and_is_counted(reward, caplog):
     rows = {"prompts": ["hello"] * 3, "completions": ["a", None, "what is this"]}
     rewards = reward(**rows, log_metric=logged.__setitem__)
     assert rewards[1] == min(rewards[0], rewards[2]) - 1
-    assert logged == {"cdr/unscorable": pytest.approx(1 / 3), "cdr/truncated": 0.0}
+    assert logged == {
+        "cdr/unscorable": pytest.approx(1 / 3),
+        "cdr/truncated": 0.0,
+        "cdr/gated": 0.0,
+        "cdr/typicality": 0.0,
+    }
     assert "cdr_reward: 1 of 3 completions could not be scored. The first, row 1: the completion is None" in caplog.text
 
 
@@ -68,6 +74,30 @@ def score(value):
 )
 def test_rewards_from_scores(values, policy, expected):
     assert rewards_from_scores([score(value) for value in values], on_unscorable=policy) == expected
+
+
+def test_the_gate_makes_the_reward_and_leaves_the_score(checkpoints, strong, tokenizer):
+    """One completion is the strong model's own, the other is made of what it expects least."""
+    prompt = chat("hello")
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    own, unknown = list(ids), list(ids)
+    with torch.no_grad():
+        for _ in range(6):
+            logits = strong(torch.tensor([own])).logits[0, -1]
+            own.append(int(logits[: len(tokenizer) - 2].argmax()))
+            unknown.append(int(strong(torch.tensor([unknown])).logits[0, -1][: len(tokenizer) - 2].argmin()))
+    rows = [own[len(ids) :], unknown[len(ids) :]]
+    texts = [answer(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+    reward = CDRReward(checkpoints["strong"], checkpoints["weak"])
+    logged = {}
+    rewards = reward([prompt] * 2, texts, rows, log_metric=logged.__setitem__)
+    scores = reward.scorer.score([prompt] * 2, texts, completion_ids=rows)
+    assert [score.gated for score in scores] == [False, True]
+    assert rewards == [scores[0].value, min(scores[1].value, 0) - 1]
+    assert logged["cdr/gated"] == 0.5
+    assert logged["cdr/typicality"] == pytest.approx((scores[0].typicality + scores[1].typicality) / 2)
+    plain = CDRReward(share=reward, name="plain", typicality=float("inf"))
+    assert plain([prompt] * 2, texts, rows) == pytest.approx([score.value for score in scores], abs=1e-5)
 
 
 def test_raise_names_the_row_and_the_reason(checkpoints):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from oracle import completion_logps, render, split_text
+from oracle import completion_logps, render, split_text, typicality
 from tiny import BRACKETS, CHATML, answer, byte_tokenizer, chat, llama
 
 from trl_cdr import ConfigError, DensityRatioScorer, InputError, ModelError, Score
@@ -114,6 +114,24 @@ def test_text_path_equals_the_naive_reference(strong, tokenizer, shared):
     assert [score.error for score in scores] == [None] * len(scores)
     torch.testing.assert_close([score.value for score in scores], expected, rtol=0, atol=1e-4)
     assert [score.finished for score in scores] == finished
+
+
+def test_typicality_equals_the_naive_reference_whatever_the_company(strong, weak, tokenizer):
+    rng = random.Random("typicality")
+    prompts = [random_prompt(rng) for _ in range(40)]
+    completions = [random_text(rng, 15) for _ in prompts]
+    scorer = make_scorer(strong, weak, tokenizer)
+    together = scorer.score(prompts, completions)
+    for prompt, completion, score in zip(prompts, completions, together, strict=True):
+        prompt_ids, ids = split_text(tokenizer, render(tokenizer, plain(prompt)), completion, tokenizer.eos_token)
+        assert score.typicality == pytest.approx(typicality(strong, prompt_ids, ids), abs=1e-4)
+        assert score.gated == (score.typicality < -1.5)
+    assert sum(score.gated for score in together) > 0
+    alone = [scorer.score([prompt], [said])[0] for prompt, said in zip(prompts, completions, strict=True)]
+    torch.testing.assert_close([s.typicality for s in alone], [s.typicality for s in together], rtol=0, atol=1e-4)
+    off = make_scorer(strong, weak, tokenizer, typicality=float("inf")).score(prompts, completions)
+    assert {(score.typicality, score.gated) for score in off} == {(None, False)}
+    torch.testing.assert_close([s.value for s in off], [s.value for s in together], rtol=0, atol=1e-4)
 
 
 def test_the_random_rows_do_straddle(tokenizer):

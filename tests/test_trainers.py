@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from oracle import completion_logps, render
+from oracle import completion_logps, render, typicality
 from tiny import byte_tokenizer, chat, llama
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
@@ -60,7 +60,9 @@ def expected_reward(prompt, ids, tokenizer, name, pair):
     if isinstance(prompt, str) and name == "online_dpo":
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     strong, weak = (completion_logps(model, prompt_ids, ids).sum() for model in pair)
-    return float(strong - weak), cut is not None
+    ratio = float(strong - weak)
+    is_gated = typicality(pair[0], prompt_ids, ids) < -1.5
+    return min(ratio, 0) - 1 if is_gated else ratio, cut is not None
 
 
 @pytest.mark.parametrize("conversational", [True, False])
@@ -101,7 +103,7 @@ def test_three_steps(name, conversational, tmp_path, checkpoints, strong, weak, 
     assert 0 < sum(ended) < len(ended)
     logs = {key for entry in trainer.state.log_history for key in entry}
     if name != "online_dpo":
-        assert {"cdr/unscorable", "cdr/truncated", "rewards/cdr_reward/mean"} <= logs
+        assert {"cdr/unscorable", "cdr/truncated", "cdr/gated", "cdr/typicality", "rewards/cdr_reward/mean"} <= logs
     else:
         assert "rewards/margins" in logs
 
@@ -111,7 +113,7 @@ def test_the_trainers_tokenizer_tells_finished_completions_where_the_pairs_diffe
     policy_tokenizer = byte_tokenizer(280)
     policy = llama(len(policy_tokenizer), seed=2)
     policy.config.eos_token_id = policy.generation_config.eos_token_id = policy_tokenizer.eos_token_id
-    reward = Recorder(checkpoints["strong"], checkpoints["weak"])
+    reward = Recorder(checkpoints["strong"], checkpoints["weak"], typicality=float("inf"))
     trainer = make("grpo", tmp_path, reward, policy_tokenizer, [chat(word) for word in WORDS * 4], policy)
     trainer.train()
     prompts, completions, ids, rewards = reward.calls[0]

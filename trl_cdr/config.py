@@ -112,6 +112,13 @@ class CDRConfig:
     cdr_token_budget: int = field(
         default=8192, metadata={"help": "Tokens of one forward, padding included. Halved when memory runs out."}
     )
+    cdr_typicality: float = field(
+        default=1.5,
+        metadata={
+            "help": "The gate: where a completion is less typical of the strong model than minus this (standard "
+            "deviations per token), the reward is min(log-ratio, 0) - 1. inf: off, the paper's plain ratio."
+        },
+    )
     cdr_on_unscorable: Literal["floor", "none", "raise"] = field(
         default="floor",
         metadata={
@@ -174,6 +181,11 @@ class CDRConfig:
         if self.cdr_prefix_cache_tokens < 0:
             raise ConfigError(
                 f"cdr_prefix_cache_tokens is {self.cdr_prefix_cache_tokens}: it counts tokens. Use 0 or more."
+            )
+        if not self.cdr_typicality > 0:
+            raise ConfigError(
+                f"cdr_typicality is {self.cdr_typicality}: it counts standard deviations below the strong model's own "
+                "samples. Use more than 0, such as 1.5, or inf for no gate."
             )
         if self.cdr_num_exemplars < 0:
             raise ConfigError(f"cdr_num_exemplars is {self.cdr_num_exemplars}: it counts exemplars. Use 0 or more.")
@@ -252,6 +264,6 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             raise ConfigError(f"{name} is {value!r}. Use one of: {', '.join(choices)}.")
         return
     kinds = tuple(kind if isinstance(kind, type) else dict for kind in choices) or (hint,)
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    if not isinstance(value, (*kinds, int) if hint is float else kinds) or isinstance(value, bool):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ConfigError(f"{name} is {value!r} ({type(value).__name__}). It takes {wanted}.")

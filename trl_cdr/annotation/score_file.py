@@ -4,6 +4,7 @@ Neighbours: `cli` parses the arguments, `scoring.scorer` scores.
 """
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from ..errors import ConfigError, InputError
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
 
-_SHOWN = ("value", "strong_logps", "weak_logps", "n_tokens", "finished", "truncated", "error")
+_SHOWN = ("value", "strong_logps", "weak_logps", "n_tokens", "domain", "finished", "truncated", "gated", "error")
 
 
 @dataclass
@@ -80,7 +81,7 @@ def score_file(arguments: ScoreArguments, config: CDRConfig) -> dict[str, Any]:
         batches = list(_batches(rows[len(done) :], arguments.batch_size))
         for batch in track(batches, description="scoring", console=Console(stderr=True), disable=not batches):
             for row, score in zip(batch, _score_rows(scorer, batch), strict=True):
-                shown = {name: getattr(score, name) for name in _SHOWN}
+                shown = {name: getattr(score, name) for name in _SHOWN} | {"typicality": _finite(score.typicality)}
                 out.write(json.dumps({**row, "score": shown}) + "\n")
                 done.append(shown)
             out.flush()
@@ -88,6 +89,11 @@ def score_file(arguments: ScoreArguments, config: CDRConfig) -> dict[str, Any]:
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _print_summary(summary, scores_path)
     return summary
+
+
+def _finite(value: float | None) -> float | None:
+    """What JSON has a word for."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _score_rows(scorer: DensityRatioScorer, rows: list[dict[str, Any]]) -> list[Score]:

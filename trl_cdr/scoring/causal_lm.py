@@ -19,6 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..errors import ConfigError, ModelError
 from .encoding import Row
 from .forward import Decoder, Job, OwnLogits, Packed, Padded, Way, why_not_packed
+from .logps import Reduce, token_logps
 from .packing import MIN_PREFIX, Layout
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,9 @@ class CausalLM:
         ids = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
 
-    def per_token_logps(self, layout: Layout, *, token_budget: int, padded: bool = False) -> list[Tensor]:
+    def per_token_logps(
+        self, layout: Layout, *, token_budget: int, reduce: Reduce = token_logps, padded: bool = False
+    ) -> list[Tensor]:
         """
         Log-probability of every completion token of every row.
 
@@ -162,10 +165,12 @@ class CausalLM:
             layout (`Layout`): The rows, in any order; each is non-empty and fits the model's positions.
             token_budget (`int`): Tokens of one forward, padding included. Where a forward runs out of memory, the rows
                 that are left are laid out anew with half its tokens.
+            reduce (`Callable`, *optional*, defaults to `token_logps`): What is kept of each token's logits.
             padded (`bool`, *optional*, defaults to `False`): Pad, also where packing would run fewer tokens.
 
         Returns:
-            `list[Tensor]`: per row a tensor of shape (C,), float32 on the CPU, nats, C its completion tokens.
+            `list[Tensor]`: per row a tensor of shape (C,), float32 on the CPU, nats, C its completion tokens; (C, 3)
+            with `token_statistics`.
 
         Raises:
             ModelError: a single row is too much for the memory.
@@ -177,11 +182,11 @@ class CausalLM:
                 way = self._padded
             if layout.longest > self.decoder.rope_switch:
                 token_budget = 1  # each row alone, as its own length decides on its positions
-            results = self._run(way, layout, token_budget)
+            results = self._run(way, layout, token_budget, reduce)
             if way is self._packed and self._padded is not None:
                 # What is not finite reaches a pack's other rows through a weight of 0: run those rows apart.
                 broken = [index for index, logps in enumerate(results) if not logps.isfinite().all()]
-                again = self._run(self._padded, layout.subset(broken), token_budget)
+                again = self._run(self._padded, layout.subset(broken), token_budget, reduce)
                 for index, logps in zip(broken, again, strict=True):
                     results[index] = logps
         return results
@@ -222,13 +227,13 @@ class CausalLM:
         padded = sum(job.num_tokens for job in self._padded.plan(layout, token_budget))
         return self._packed if unique <= PACKED_SHARE * padded else self._padded
 
-    def _run(self, way: Way, layout: Layout, token_budget: int) -> list[Tensor]:
+    def _run(self, way: Way, layout: Layout, token_budget: int, reduce: Reduce) -> list[Tensor]:
         results: list[Tensor] = [torch.empty(0)] * len(layout.rows)
         names = list(range(len(layout.rows)))  # what the rows that are left are called in `results`
         jobs = way.plan(layout, token_budget)
         while jobs:
             job, *jobs = jobs
-            logps = self._try(way, layout, job)
+            logps = self._try(way, layout, job, reduce)
             if logps is None:
                 clear_device_cache()
                 left = [index for other in (job, *jobs) for index in other.rows]
@@ -239,10 +244,10 @@ class CausalLM:
                 results[names[index]] = row_logps
         return results
 
-    def _try(self, way: Way, layout: Layout, job: Job) -> list[Tensor] | None:
+    def _try(self, way: Way, layout: Layout, job: Job, reduce: Reduce) -> list[Tensor] | None:
         """A job's log-probabilities, or None where the memory was too small for its rows."""
         try:
-            return way.run(layout, job)
+            return way.run(layout, job, reduce)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
 from .encoding import Row
-from .logps import head_logps
+from .logps import Reduce, head_logps, token_logps
 from .packing import Layout, Pack, plan_batches, visible
 
 KeyValues = list[tuple[Tensor, Tensor]]  # a layer each: (1, heads, P, head size)
@@ -39,11 +39,14 @@ class Job:
 
 
 class Way(Protocol):
-    """A way to run rows. `run` returns a (C,) float32 tensor on the CPU, in nats, for each of the job's rows."""
+    """
+    A way to run rows. `run` returns a float32 tensor on the CPU, in nats, for each of the job's rows: what `reduce`
+    keeps of each of its C completion tokens; (C,) log-probabilities with `token_logps`.
+    """
 
     def plan(self, layout: Layout, token_budget: int) -> list[Job]: ...
 
-    def run(self, layout: Layout, job: Job) -> list[Tensor]: ...
+    def run(self, layout: Layout, job: Job, reduce: Reduce = ...) -> list[Tensor]: ...
 
 
 class Decoder:
@@ -87,9 +90,13 @@ class Decoder:
         ).last_hidden_state
         return hidden
 
-    def logps(self, hidden: Tensor, targets: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """(N, H) hidden states and the (N,) tokens that they predict -> each row's log-probabilities on the CPU."""
-        logps = head_logps(hidden, targets.to(self.device), self._logits, vocab_size=self.config.vocab_size)
+    def logps(
+        self, hidden: Tensor, targets: Tensor, counts: Sequence[int], reduce: Reduce = token_logps
+    ) -> list[Tensor]:
+        """(N, H) hidden states and the (N,) tokens that they predict -> what `reduce` keeps, row by row, on the CPU."""
+        logps = head_logps(
+            hidden, targets.to(self.device), self._logits, vocab_size=self.config.vocab_size, reduce=reduce
+        )
         return list(torch.split(logps.cpu(), list(counts)))
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -114,10 +121,10 @@ class OwnLogits:
     def plan(self, layout: Layout, token_budget: int) -> list[Job]:  # noqa: ARG002 - a row is a job
         return [Job((index,), len(row.inputs)) for index, row in enumerate(layout.rows)]
 
-    def run(self, layout: Layout, job: Job) -> list[Tensor]:
-        return [self._run_row(layout.rows[index]) for index in job.rows]
+    def run(self, layout: Layout, job: Job, reduce: Reduce = token_logps) -> list[Tensor]:
+        return [self._run_row(layout.rows[index], reduce) for index in job.rows]
 
-    def _run_row(self, row: Row) -> Tensor:
+    def _run_row(self, row: Row, reduce: Reduce) -> Tensor:
         kept = len(row.completion_ids)
         output = self._decoder.model(
             input_ids=torch.tensor([row.inputs], device=self._decoder.device),
@@ -127,7 +134,7 @@ class OwnLogits:
         )
         targets = torch.tensor(row.completion_ids, device=self._decoder.device)  # (C,)
         logits = output.logits[0, output.logits.shape[1] - kept :]  # (C, V)
-        return head_logps(logits, targets, lambda kept: kept, vocab_size=logits.shape[1]).cpu()
+        return head_logps(logits, targets, lambda kept: kept, vocab_size=logits.shape[1], reduce=reduce).cpu()
 
 
 class Padded:
@@ -142,7 +149,7 @@ class Padded:
         lengths = [len(row.inputs) for row in layout.rows]
         return [Job(tuple(batch), len(batch) * lengths[batch[0]]) for batch in plan_batches(lengths, token_budget)]
 
-    def run(self, layout: Layout, job: Job) -> list[Tensor]:
+    def run(self, layout: Layout, job: Job, reduce: Reduce = token_logps) -> list[Tensor]:
         rows = [layout.rows[index] for index in job.rows]
         # Where length decides on positions the whole row counts, as in a trainer's own forward.
         inputs = [row.inputs if self._decoder.rope_switch == float("inf") else row.ids for row in rows]
@@ -157,7 +164,7 @@ class Padded:
         targets = torch.tensor([token for row in rows for token in row.completion_ids])  # (N,)
         hidden = self._decoder.hidden(input_ids, attention_mask=mask.to(self._decoder.device))  # (B, T, H)
         hidden = hidden[predicting.to(self._decoder.device)]  # (N, H)
-        return self._decoder.logps(hidden, targets, [len(row.completion_ids) for row in rows])
+        return self._decoder.logps(hidden, targets, [len(row.completion_ids) for row in rows], reduce)
 
 
 class Packed:
@@ -184,7 +191,7 @@ class Packed:
         packs = layout.packs(self._most(token_budget, len(layout.prefix)), good)
         return [Job(pack.rows, len(pack.ids), pack) for pack in packs]
 
-    def run(self, layout: Layout, job: Job) -> list[Tensor]:
+    def run(self, layout: Layout, job: Job, reduce: Reduce = token_logps) -> list[Tensor]:
         pack, device = job.pack, self._decoder.device
         assert pack is not None
         num_prefix = len(layout.prefix)
@@ -194,7 +201,7 @@ class Packed:
         hidden = self._decoder.hidden(pack.ids[None], position_ids=pack.positions[None].to(device), **kwargs)
         hidden = hidden[0, pack.predicting.to(device)]  # (N, H)
         kwargs.clear()  # the cache and the mask are not needed beside the logits
-        return self._decoder.logps(hidden, pack.targets, pack.counts)
+        return self._decoder.logps(hidden, pack.targets, pack.counts, reduce)
 
     def keeps(self, layout: Layout) -> bool:
         """Whether the layout's prefix serves other calls too, so that running it is no cost of this one."""

@@ -18,6 +18,7 @@ from ..config import CDRConfig
 from ..errors import ConfigError, ModelError
 from .causal_lm import CausalLM, hub_kwargs
 from .encoding import Completion, Encoder, Prompt, Row, Unscorable, fit, own_chat_template, vocabulary_hash
+from .logps import Reduce, token_logps
 from .packing import Group, common_prefix
 
 logger = logging.getLogger(__name__)
@@ -77,11 +78,13 @@ class Member:
             )
         return self._constants[key]
 
-    def per_token_logps(self, groups: Sequence[Group], *, token_budget: int) -> list[Tensor]:
+    def per_token_logps(
+        self, groups: Sequence[Group], *, token_budget: int, reduce: Reduce = token_logps
+    ) -> list[Tensor]:
         """Log-probabilities of every row of the groups in the call's order; see `CausalLM.per_token_logps`."""
         results: dict[int, Tensor] = {}
         for group in groups:
-            logps = self.lm.per_token_logps(group.layout, token_budget=token_budget)
+            logps = self.lm.per_token_logps(group.layout, token_budget=token_budget, reduce=reduce)
             results.update(zip(group.indices, logps, strict=True))
         return [results[index] for index in range(len(results))]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .encoding import Row
-from .ratio import log_ratio, sum_logps
+from .ratio import log_ratio, sum_logps, typicality
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,10 @@ class Score:
             there is no score.
         domain (`str` or `None`): The domain whose criteria the models were shown; without criteria, as given.
         finished (`bool` or `None`): The policy ended its turn (the end token was scored), was cut off, or nobody knows.
+        typicality (`float` or `None`): How typical the completion is of the strong model, in standard deviations per
+            token: about 0 for its own samples, far below for what it does not know. `None` where the gate is off.
+        gated (`bool`): The typicality is below `-cdr_typicality`, so the value is not to be trusted as a reward. It is
+            the plain log-ratio all the same.
         truncated (`bool`): The prompt lost tokens on its left, for at least one of the models.
         per_token (`Tensor` of shape (T,) or `None`): Log-ratio of each completion token, nats, float32 on the CPU;
             where both models read the same tokens.
@@ -36,15 +40,34 @@ class Score:
     n_tokens: int = 0
     domain: str | None = None
     finished: bool | None = None
+    typicality: float | None = None
+    gated: bool = False
     truncated: bool = False
     per_token: Tensor | None = field(default=None, repr=False, compare=False)
     error: str | None = None
 
 
 def score_from_logps(
-    rows: tuple[Row, Row], strong_logps: Tensor, weak_logps: Tensor, *, reduction: str, shares_vocabulary: bool
+    rows: tuple[Row, Row],
+    strong: Tensor,
+    weak_logps: Tensor,
+    *,
+    reduction: str,
+    least_typicality: float,
+    shares_vocabulary: bool,
 ) -> Score:
-    """Two models' per-token log-probabilities of one completion -> its score."""
+    """
+    What two models gave for one completion -> its score.
+
+    Args:
+        rows (`tuple[Row, Row]`): The completion as strong and weak read it.
+        strong (`Tensor` of shape (T,) or (T, 3)): Log-probabilities, or `token_statistics`, of the strong model, nats.
+        weak_logps (`Tensor` of shape (T_weak,)): Log-probabilities under the weak model, nats.
+        reduction (`str`): See `log_ratio`.
+        least_typicality (`float`): Below it the score is gated.
+        shares_vocabulary (`bool`): A token id means the same to both models.
+    """
+    strong_logps = strong if strong.ndim == 1 else strong[:, 0]
     for role, logps in (("strong", strong_logps), ("weak", weak_logps)):
         broken = (~logps.isfinite()).nonzero()
         if len(broken):
@@ -56,11 +79,14 @@ def score_from_logps(
             )
     strong_row, weak_row = rows
     reads_alike = shares_vocabulary and strong_row.completion_ids == weak_row.completion_ids
+    how_typical = None if strong.ndim == 1 else typicality(strong)
     return Score(
         value=log_ratio(strong_logps, weak_logps, reduction),
         strong_logps=sum_logps(strong_logps),
         weak_logps=sum_logps(weak_logps),
         n_tokens=len(strong_logps),
+        typicality=how_typical,
+        gated=how_typical is not None and how_typical < least_typicality,
         truncated=strong_row.truncated or weak_row.truncated,
         per_token=strong_logps - weak_logps if reads_alike else None,
     )

@@ -3,6 +3,7 @@
 Adapters (`training.reward`, the command line) turn scores into what their callers want; none of them touches a model.
 """
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from ..config import PAIR_OPTIONS, CDRConfig
 from ..errors import ConfigError, InputError
 from .completions import CompletionReader
 from .encoding import Completion, Message, Prompt, Row, Unscorable, shorten
+from .logps import token_logps, token_statistics
 from .packing import Layout, group_rows
 from .pair import Pair, PairSource, check_sources, load_tokenizer
 from .score import Score, score_from_logps
@@ -158,6 +160,7 @@ class DensityRatioScorer:
                     row,
                     *next(logps),
                     reduction=self.config.cdr_reduction,
+                    least_typicality=-self.config.cdr_typicality,
                     shares_vocabulary=pair.shares_vocabulary,
                 )
             ended = None if isinstance(completion, Unscorable) else completion.finished
@@ -196,17 +199,19 @@ class DensityRatioScorer:
     def _run(
         self, pair: Pair, rows: Sequence[tuple[Row, Row]], behind: Sequence[tuple[Conditioning | None, bool]]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Both models' per-token log-probabilities. `behind`: each row's conditioning, and whether it is raw text."""
+        """What both models give for each token. `behind`: each row's conditioning, and whether it is raw text."""
         groups = None
         results = []
-        for index, member in enumerate((pair.strong, pair.weak)):
+        # Only the strong model's whole distributions are needed, and only by the gate.
+        reduces = (token_logps if self.config.cdr_typicality == math.inf else token_statistics, token_logps)
+        for index, (member, reduce) in enumerate(zip((pair.strong, pair.weak), reduces, strict=True)):
             if groups is None or not pair.reads_alike:
                 constants = [
                     () if conditioning is None else member.constant_ids(conditioning, is_text=is_text)
                     for conditioning, is_text in behind
                 ]
                 groups = group_rows([row[index] for row in rows], constants)
-            results.append(member.per_token_logps(groups, token_budget=self.config.cdr_token_budget))
+            results.append(member.per_token_logps(groups, token_budget=self.config.cdr_token_budget, reduce=reduce))
         return results[0], results[1]
 
     def _score_labels(self, texts: Sequence[str], labels: Sequence[str]) -> list[list[float] | None]:
@@ -266,10 +271,10 @@ class DensityRatioScorer:
             self._load()
 
     def _load(self) -> CompletionReader:
+        if self.config.cdr_policy_tokenizer is not None and self._policy is None:
+            self._policy = load_tokenizer(self.config, self.config.cdr_policy_tokenizer, "cdr_policy_tokenizer")
         pair = self._source.get()
         if self._reader is None or self._reader.pair is not pair:
-            if self.config.cdr_policy_tokenizer is not None:
-                self._policy = load_tokenizer(self.config, self.config.cdr_policy_tokenizer, "cdr_policy_tokenizer")
             self._reader = CompletionReader(pair, self._policy)
         return self._reader
 

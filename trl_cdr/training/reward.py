@@ -13,6 +13,7 @@ from ..conditioning.criteria import Criteria
 from ..config import CDRConfig
 from ..errors import ConfigError, UnscorableError
 from ..scoring.encoding import Message, Prompt
+from ..scoring.ratio import gate
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
 
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 class CDRReward:
     """
     A reward function for TRL's trainers: the log-density ratio of a strong over a weak model, in nats.
+
+    Completions that the strong model does not find typical are gated (`typicality=1.5`; `float("inf")` is the paper's
+    plain ratio): a policy that writes what neither model knows finds no reward there.
 
     Pass it as `reward_funcs=` to `OnlineDPOTrainer`, `GRPOTrainer` or `RLOOTrainer`. The pair is loaded inside the
     first call, on the trainer process's own device, and stays there.
@@ -120,8 +124,8 @@ class CDRReward:
         Args:
             prompts, completions (`Sequence`): Strings or conversations, as many of one as of the other.
             completion_ids (`Sequence[Sequence[int]]`, *optional*): The policy's token ids, padded or not.
-            log_metric (`Callable`, *optional*): GRPO's and RLOO's; receives the shares `<name>/unscorable` and
-                `<name>/truncated` of each call.
+            log_metric (`Callable`, *optional*): GRPO's and RLOO's; receives of each call the shares
+                `<name>/unscorable`, `<name>/truncated` and `<name>/gated`, and the mean `<name>/typicality`.
             **columns: What else the trainer hands over. `router="column:NAME"` reads the domains from here.
 
         Returns:
@@ -150,14 +154,26 @@ class CDRReward:
                 scores[unscorable[0]].error,
             )
         if log_metric is not None and scores:
-            log_metric(f"{self.config.cdr_name}/unscorable", len(unscorable) / len(scores))
-            log_metric(f"{self.config.cdr_name}/truncated", sum(score.truncated for score in scores) / len(scores))
+            for key, value in _metrics(scores).items():
+                log_metric(f"{self.config.cdr_name}/{key}", value)
         return rewards_from_scores(scores, on_unscorable=self.config.cdr_on_unscorable)
+
+
+def _metrics(scores: Sequence[Score]) -> dict[str, float]:
+    """A call's means and shares; the same keys whatever the call holds."""
+    count = len(scores)
+    known = [score.typicality for score in scores if score.typicality is not None and math.isfinite(score.typicality)]
+    return {
+        "unscorable": sum(score.error is not None for score in scores) / count,
+        "truncated": sum(score.truncated for score in scores) / count,
+        "gated": sum(score.gated for score in scores) / count,
+        "typicality": sum(known) / len(known) if known else 0.0,
+    }
 
 
 def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str) -> list[float | None]:
     """
-    Turn scores into rewards.
+    Turn scores into rewards: the log-ratio, gated where the strong model does not find the completion typical.
 
     Args:
         scores (`Sequence[Score]`): One call's.
@@ -168,7 +184,7 @@ def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str) -> list[
     Raises:
         UnscorableError: a row has no value and `on_unscorable="raise"`.
     """
-    values = [score.value for score in scores]
+    values = [None if score.value is None else gate(score.value, score.gated) for score in scores]
     assert all(value is None or math.isfinite(value) for value in values)
     if on_unscorable == "raise":
         for index, score in enumerate(scores):
