@@ -76,6 +76,7 @@ def test_importing_is_cheap_and_silent():
 
 def test_the_public_names():
     assert set(trl_cdr.__all__) == {
+        "CDRCallback",
         "CDRConfig",
         "CDRError",
         "CDRReward",

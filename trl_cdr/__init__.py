@@ -38,11 +38,13 @@ if TYPE_CHECKING:
     from .errors import UnscorableError as UnscorableError
     from .scoring.score import Score as Score
     from .scoring.scorer import DensityRatioScorer as DensityRatioScorer
+    from .training.callback import CDRCallback as CDRCallback
     from .training.reward import CDRReward as CDRReward
 
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "CDRCallback": "training.callback",
     "CDRConfig": "config",
     "CDRReward": "training.reward",
     "Criteria": "conditioning.criteria",

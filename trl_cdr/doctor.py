@@ -4,7 +4,6 @@
 """
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -12,11 +11,9 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__
+from . import _compat
 from .config import CDRConfig
 from .scoring.scorer import DensityRatioScorer
-
-_PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft", "vllm")
 
 
 def examine(config: CDRConfig | None) -> dict[str, Any]:
@@ -27,7 +24,7 @@ def examine(config: CDRConfig | None) -> dict[str, Any]:
         config (`CDRConfig` or `None`): The pair.
 
     Returns:
-        `dict`: `python`, `platform`, `packages` (name -> version or `None`), `device`, and `pair` as
+        `dict`: `platform`, `packages` (name -> version or `None`), `device`, and `pair` as
         `DensityRatioScorer.describe` gives it, or `None`.
 
     Raises:
@@ -35,9 +32,8 @@ def examine(config: CDRConfig | None) -> dict[str, Any]:
     """
     device = PartialState().device
     return {
-        "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {"trl-cdr": __version__} | {name: _find_version(name) for name in _PACKAGES},
+        "packages": _compat.versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}",
         "pair": None if config is None else DensityRatioScorer.from_config(config).describe(),
     }
@@ -46,7 +42,7 @@ def examine(config: CDRConfig | None) -> dict[str, Any]:
 def print_examination(found: dict[str, Any]) -> None:
     """The findings as a table on stdout."""
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("python", f"{found['python']} on {found['platform']}")
+    table.add_row("platform", found["platform"])
     for name, installed in found["packages"].items():
         table.add_row(name, installed or "-")
     table.add_row("device", found["device"])
@@ -68,10 +64,3 @@ def print_examination(found: dict[str, Any]) -> None:
         table.add_row("together", "one vocabulary" if pair["shares_vocabulary"] else "different vocabularies")
         table.add_row("", "every row encoded once" if pair["reads_alike"] else "every row encoded for each")
     Console(soft_wrap=True).print(table)
-
-
-def _find_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

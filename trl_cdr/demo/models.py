@@ -89,7 +89,7 @@ RECIPES = (
 )
 STEERABLE_RECIPES = (
     Recipe("weak", steering.draw_ignored, steps=150, learning_rate=2e-3, seed=3, parent="base"),
-    Recipe("strong", steering.draw_obeyed, steps=400, learning_rate=4e-3, seed=4, parent="weak"),
+    Recipe("strong", steering.draw_obeyed, steps=600, learning_rate=4e-3, seed=4, parent="weak"),
 )
 
 

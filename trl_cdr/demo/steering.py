@@ -85,7 +85,7 @@ def vocabulary() -> list[str]:
 
 def _draw_conditioning(task: world.Task, rng: random.Random) -> tuple[Conditioning | None, bool, str | None]:
     """What stands before the prompt, whether it is the domain's own, and the style that it asks for."""
-    kind = rng.choices(["none", "criterion", "foreign", "style", "exemplar", "foreign exemplar"], [4, 5, 2, 3, 4, 2])[0]
+    kind = rng.choices(["none", "criterion", "foreign", "style", "exemplar", "foreign exemplar"], [3, 3, 4, 3, 3, 8])[0]
     domain = other_domain(task.domain) if kind.startswith("foreign") else task.domain
     if kind == "none":
         return None, False, None

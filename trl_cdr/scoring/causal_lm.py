@@ -205,6 +205,7 @@ class CausalLM:
         parameters = list(self.model.parameters())
         return {
             "name": self.name,
+            "revision": getattr(self._config, "_commit_hash", None),
             "architecture": type(self.model).__name__,
             "parameters": sum(parameter.numel() for parameter in parameters),
             "weights_mb": sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,

@@ -157,6 +157,11 @@ class PairSource:
                 self._pair = load_pair(self.config, **self._models, **self._tokenizers)
             return self._pair
 
+    @property
+    def held(self) -> list[nn.Module]:
+        """The models that the caller holds and trains, maybe, himself."""
+        return [model for model in self._models.values() if isinstance(model, nn.Module)]
+
     def unload(self) -> None:
         """Let go of the models and of all that is kept for them."""
         with self.lock:

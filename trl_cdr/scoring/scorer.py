@@ -283,8 +283,8 @@ class DensityRatioScorer:
         Load and check the pair, and tell how it will run.
 
         Returns:
-            `dict`: `strong` and `weak` (each `name`, `architecture`, `parameters`, `weights_mb`, `dtype`, `device`,
-            `attention`, `way`, `reason`, `max_length` in tokens, `end_of_turn`, `chat_template`),
+            `dict`: `strong` and `weak` (each `name`, `revision`, `architecture`, `parameters`, `weights_mb`, `dtype`,
+            `device`, `attention`, `way`, `reason`, `max_length` in tokens, `end_of_turn`, `chat_template`),
             `shares_vocabulary` and `reads_alike`.
 
         Raises:
@@ -304,6 +304,10 @@ class DensityRatioScorer:
         with self._source.lock:
             self._source.unload()
             self._reader = None
+
+    def modules(self) -> list[nn.Module]:
+        """The models that were passed as objects."""
+        return self._source.held
 
     def use_policy_tokenizer(self, tokenizer: Any) -> None:
         """

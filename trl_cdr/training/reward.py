@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..scoring.encoding import Message, Prompt
 from ..scoring.ratio import gate
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
+from .metrics import Call, call_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class CDRReward:
             raise ConfigError(
                 f"criteria has several domains ({domains}), and nothing selects one. Pass router or domain."
             )
+        self._observers: list[Callable[[Call], None]] = []
         # TRL < 1.9 reads __name__ unguarded, and every version shows it in its logs (trl#6313).
         self.__name__ = f"{self.config.cdr_name}_reward"
 
@@ -116,7 +119,8 @@ class CDRReward:
         completion_ids: Sequence[Sequence[int]] | None = None,
         *,
         log_metric: Callable[[str, float], None] | None = None,
-        **columns: Any,  # TRL's contract: data set columns, trainer_state, log_extra, ...
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        **columns: Any,  # TRL's contract: data set columns, trainer_state, environments, ...
     ) -> list[float | None]:
         """
         Reward each completion, as TRL calls it.
@@ -124,8 +128,10 @@ class CDRReward:
         Args:
             prompts, completions (`Sequence`): Strings or conversations, as many of one as of the other.
             completion_ids (`Sequence[Sequence[int]]`, *optional*): The policy's token ids, padded or not.
-            log_metric (`Callable`, *optional*): GRPO's and RLOO's; receives of each call the shares
-                `<name>/unscorable`, `<name>/truncated` and `<name>/gated`, and the mean `<name>/typicality`.
+            log_metric (`Callable`, *optional*): GRPO's and RLOO's; receives the call's metrics as `<name>/...`, see
+                `call_metrics`.
+            log_extra (`Callable`, *optional*): GRPO's and RLOO's; receives `<name>_strong_logps`, `<name>_weak_logps`,
+                `<name>_tokens` and `<name>_gated` of each completion, for the completions table.
             **columns: What else the trainer hands over. `router="column:NAME"` reads the domains from here.
 
         Returns:
@@ -141,8 +147,36 @@ class CDRReward:
         policy_tokenizer = getattr(getattr(log_metric, "__self__", None), "processing_class", None)
         if policy_tokenizer is not None:
             self.scorer.use_policy_tokenizer(policy_tokenizer)
+        started = time.perf_counter()
         domains = None if self.scorer.router is None else self.scorer.router.read_column(columns)
         scores = self.scorer.score(prompts, completions, completion_ids=completion_ids, domains=domains)
+        self._warn(scores)
+        rewards = rewards_from_scores(scores, on_unscorable=self.config.cdr_on_unscorable)
+        if scores and (log_metric is not None or log_extra is not None or self._observers):
+            tokens = completion_ids if completion_ids is not None else [str(said).split() for said in completions]
+            call = Call(prompts, completions, list(tokens), scores, rewards, time.perf_counter() - started)
+            self._report(call, log_metric, log_extra)
+        return rewards
+
+    def observe(self, observer: Callable[[Call], None]) -> None:
+        """Have every later call handed to `observer`. Observers are not pickled."""
+        if observer not in self._observers:
+            self._observers.append(observer)
+
+    def _report(self, call: Call, log_metric: Any, log_extra: Any) -> None:
+        name = self.config.cdr_name
+        if log_metric is not None:
+            for key, value in call_metrics(call).items():
+                log_metric(f"{name}/{key}", value)
+        if log_extra is not None:
+            log_extra(f"{name}_strong_logps", [score.strong_logps for score in call.scores])
+            log_extra(f"{name}_weak_logps", [score.weak_logps for score in call.scores])
+            log_extra(f"{name}_tokens", [score.n_tokens for score in call.scores])
+            log_extra(f"{name}_gated", [score.gated for score in call.scores])
+        for observer in self._observers:
+            observer(call)
+
+    def _warn(self, scores: Sequence[Score]) -> None:
         unscorable = [index for index, score in enumerate(scores) if score.error is not None]
         if unscorable:
             logger.warning(
@@ -153,22 +187,9 @@ class CDRReward:
                 unscorable[0],
                 scores[unscorable[0]].error,
             )
-        if log_metric is not None and scores:
-            for key, value in _metrics(scores).items():
-                log_metric(f"{self.config.cdr_name}/{key}", value)
-        return rewards_from_scores(scores, on_unscorable=self.config.cdr_on_unscorable)
 
-
-def _metrics(scores: Sequence[Score]) -> dict[str, float]:
-    """A call's means and shares; the same keys whatever the call holds."""
-    count = len(scores)
-    known = [score.typicality for score in scores if score.typicality is not None and math.isfinite(score.typicality)]
-    return {
-        "unscorable": sum(score.error is not None for score in scores) / count,
-        "truncated": sum(score.truncated for score in scores) / count,
-        "gated": sum(score.gated for score in scores) / count,
-        "typicality": sum(known) / len(known) if known else 0.0,
-    }
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_observers": []}
 
 
 def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str) -> list[float | None]:

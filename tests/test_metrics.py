@@ -1,0 +1,51 @@
+"""What is logged of a call, by hand."""
+
+import pytest
+
+from trl_cdr import Score
+from trl_cdr.training.metrics import Call, call_metrics, domain_sums
+
+
+def score(value, tokens=2, **fields):
+    return Score(value, strong_logps=value - 4.0, weak_logps=-4.0, n_tokens=tokens, **fields)
+
+
+def test_by_hand():
+    call = Call(
+        prompts=["a", "a", "b", "b"],
+        completions=["x"] * 4,
+        tokens=[[1, 1], [1, 2, 9, 9], [5, 5, 5, 6], [1]],
+        scores=[
+            score(1.0, domain="math", typicality=-2.0, gated=True),
+            score(1.0, domain="math", typicality=1.0),
+            score(-2.0, tokens=4, domain="chat", truncated=True, typicality=float("-inf"), gated=True),
+            Score(None, error="no"),
+        ],
+        rewards=[1.0, 1.0, -3.0, -4.0],
+        seconds=0.5,
+    )
+    metrics = call_metrics(call)
+    assert metrics == {
+        "strong_logps": pytest.approx((-3 - 3 - 6) / 3),
+        "weak_logps": -4.0,
+        "strong_logps_per_token": pytest.approx((-1.5 - 1.5 - 1.5) / 3),
+        "log_ratio_std": pytest.approx(2**0.5),
+        "tokens": pytest.approx(8 / 3),
+        "typicality": -0.5,
+        "truncated": 0.25,
+        "unscorable": 0.25,
+        "gated": 0.5,
+        "ties": 0.5,
+        "distinct_tokens": pytest.approx((0.5 + 1 + 0.5) / 3),
+        "length_correlation": pytest.approx(-1),
+        "seconds": 0.5,
+    }
+    assert domain_sums(call) == {"math": (2.0, 2), "chat": (-3.0, 1)}
+
+
+def test_a_call_of_which_nothing_is_known_has_the_same_keys():
+    empty = call_metrics(Call(["a"], ["x"], [[]], [Score(None, error="no")], [-1.0], 0.1))
+    full = call_metrics(Call(["a"], ["x"], [[1]], [score(1.0)], [1.0], 0.1))
+    assert list(empty) == list(full)
+    assert empty["unscorable"] == 1
+    assert all(isinstance(value, float) for value in (*empty.values(), *full.values()))

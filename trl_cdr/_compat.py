@@ -1,0 +1,32 @@
+"""The one place that asks which TRL is installed, and what its objects are called there. Imports no heavy library."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from . import __version__
+
+_PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft", "vllm")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, of this package and of those that matter to it; None where one is not installed."""
+    return {"python": platform.python_version(), "trl-cdr": __version__} | {name: _find(name) for name in _PACKAGES}
+
+
+def is_online_dpo(args: Any) -> bool:
+    """Whether training arguments are online DPO's, whose trainer hands a reward no `log_metric`."""
+    return any(kind.__name__ == "OnlineDPOConfig" for kind in type(args).__mro__)
+
+
+def reward_functions(trainer: Any) -> list[Any]:
+    """A trainer's reward functions."""
+    functions = getattr(trainer, "reward_funcs", None)
+    return list(functions) if isinstance(functions, (list, tuple)) else [functions]
+
+
+def _find(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
