@@ -38,9 +38,12 @@ from transformers import (
     Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
 )
+
+try:
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+except ImportError:  # transformers 4.56 does not know it
+    Qwen3NextForCausalLM = None
 
 V = 61
 _SMALL = {
@@ -110,7 +113,9 @@ FAMILIES = {
         {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
         "padded",
     ),
-    "Qwen3-Next": (
+}
+if Qwen3NextForCausalLM is not None:
+    FAMILIES["Qwen3-Next"] = (
         Qwen3NextForCausalLM,
         Qwen3NextConfig,
         {
@@ -123,8 +128,7 @@ FAMILIES = {
             "head_dim": 8,
         },
         "padded",
-    ),
-}
+    )
 
 
 def build_family(name):

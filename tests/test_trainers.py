@@ -13,6 +13,7 @@ from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl_cdr import CDRReward
 
 pytestmark = [
+    pytest.mark.compat,
     # TRL's configs set gradient_checkpointing, which transformers 5 renamed; drop when TRL follows
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),
 ]
