@@ -78,6 +78,7 @@ def test_the_public_names():
     assert set(trl_cdr.__all__) == {
         "CDRConfig",
         "CDRError",
+        "CDRJudge",
         "CDRReward",
         "ConfigError",
         "Criteria",
