@@ -3,6 +3,8 @@
 import logging
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -225,9 +227,14 @@ def test_sharing_and_building(judge, reward, checkpoints):
         assert other.judge(PROMPTS, PAIRS) == judge.judge(PROMPTS, PAIRS)
 
 
-def test_construction_touches_no_model():
-    judge = CDRJudge(strong="/no/such/folder", weak="/nor/this")
-    assert not isinstance(judge, torch.nn.Module)
+def test_construction_touches_no_model_and_only_a_trl_that_has_judges():
+    assert not isinstance(CDRJudge(strong="/no/such/folder", weak="/nor/this"), torch.nn.Module)
+    code = (
+        "import sys; from importlib.metadata import version; from trl_cdr import CDRJudge; "
+        "assert 'trl' not in sys.modules; CDRJudge(strong='/no/such/folder', weak='/nor/this'); "
+        "assert ('trl' in sys.modules) == version('trl').startswith('1.0.')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
