@@ -31,3 +31,10 @@ def test_online_dpo(tmp_path):
     first, last = (float(word.rstrip(",;")) for word in out.split() if word[:1] in "+-")
     assert last > first
     assert (tmp_path / "policy" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_judge(tmp_path):
+    out = run("04_judge.py", cwd=tmp_path)
+    assert [line.split(";")[0] for line in out.splitlines() if "better:" in line] == ["  better: 0", "  better: 1"]
+    assert "best first: the answer is 8 . | " in out

@@ -79,6 +79,7 @@ def test_the_public_names():
         "CDRCallback",
         "CDRConfig",
         "CDRError",
+        "CDRJudge",
         "CDRReward",
         "ConfigError",
         "Criteria",

@@ -8,6 +8,7 @@ The data's way through the package:
         |
         v
     training.reward     CDRReward: TRL's reward-function contract        (thin)
+    training.judge      CDRJudge: TRL's judge protocol, on rewards       (thin)
         |
         v
     scoring.scorer      DensityRatioScorer.score -> list[Score]          (the one entrance)
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .scoring.score import Score as Score
     from .scoring.scorer import DensityRatioScorer as DensityRatioScorer
     from .training.callback import CDRCallback as CDRCallback
+    from .training.judge import CDRJudge as CDRJudge
     from .training.reward import CDRReward as CDRReward
 
 __version__ = "0.1.0.dev0"
@@ -46,6 +48,7 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "CDRCallback": "training.callback",
     "CDRConfig": "config",
+    "CDRJudge": "training.judge",
     "CDRReward": "training.reward",
     "Criteria": "conditioning.criteria",
     "DomainCriteria": "conditioning.criteria",

@@ -1,8 +1,10 @@
-"""The one place that asks which TRL is installed, and what its objects are called there. Imports no heavy library."""
+"""The one place that asks which TRL is installed, and what its objects are called there. Importing it is cheap."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from packaging.version import Version
 
 from . import __version__
 
@@ -23,6 +25,22 @@ def reward_functions(trainer: Any) -> list[Any]:
     """A trainer's reward functions."""
     functions = getattr(trainer, "reward_funcs", None)
     return list(functions) if isinstance(functions, (list, tuple)) else [functions]
+
+
+def register_pairwise_judge(judge: type) -> None:
+    """
+    Make a class a subclass of TRL's `BasePairwiseJudge` in the eyes of `isinstance`. Without effect where TRL has no
+    judges.
+
+    Args:
+        judge (`type`): Has the method `judge` of TRL's protocol.
+    """
+    # TRL 1.1 removed judges (trl#5485), and looking for them there would load trl.experimental; drop with the floor.
+    if Version(version("trl")).release >= (1, 1):
+        return
+    from trl.experimental.judges import BasePairwiseJudge
+
+    BasePairwiseJudge.register(judge)
 
 
 def _find(name: str) -> str | None:

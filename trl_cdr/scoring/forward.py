@@ -56,6 +56,8 @@ class Decoder:
         self.model = model
         self.config = config
         self._head = model.get_output_embeddings()
+        # Gemma 3's base_model is the whole model in transformers 4; drop with that floor.
+        self.backbone = model.base_model if model.base_model is not model else model.get_decoder()
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +87,7 @@ class Decoder:
 
     def hidden(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """(B, T) token ids -> (B, T, H) hidden states, as the head reads them."""
-        hidden: Tensor = self.model.base_model(
+        hidden: Tensor = self.backbone(
             input_ids=input_ids.to(self.device), return_dict=True, **{"use_cache": False, **kwargs}
         ).last_hidden_state
         return hidden
@@ -281,7 +283,7 @@ def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:
 def why_not_packed(decoder: Decoder) -> str | None:
     """What of a model's config rules packing out, or None. The load-time check has the last word."""
     config = decoder.config
-    parameters = inspect.signature(decoder.model.base_model.forward).parameters
+    parameters = inspect.signature(decoder.backbone.forward).parameters
     strange = [kind for kind in attention_windows(config) if kind not in ("full_attention", "sliding_attention")]
     if strange:
         return f"it has {strange[0].replace('_', ' ')} layers"
