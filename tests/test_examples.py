@@ -26,6 +26,15 @@ def test_score(tmp_path):
 
 
 @pytest.mark.slow
+def test_criteria(tmp_path):
+    out = run("03_criteria.py", "--max_steps", "30", "--output_dir", str(tmp_path / "policy"), cwd=tmp_path)
+    for name in ("right", "short"):
+        [line] = [line for line in out.splitlines() if line.startswith(f"{name}: mean reward")]
+        first, last = (float(word.rstrip(",")) for word in line.split() if word[:1] in "+-")
+        assert last > first
+
+
+@pytest.mark.slow
 def test_online_dpo(tmp_path):
     out = run("02_online_dpo.py", "--max_steps", "30", "--output_dir", str(tmp_path / "policy"), cwd=tmp_path)
     first, last = (float(word.rstrip(",;")) for word in out.split() if word[:1] in "+-")
