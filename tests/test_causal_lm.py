@@ -54,6 +54,9 @@ def test_every_family_gives_the_models_own_log_probabilities(family, num_prefix,
     lm = CausalLM(model, "strong")
     way, reason = lm.way()
     assert (way, bool(reason)) == (FAMILIES[family][3], way != "packed"), reason
+    told = lm.describe(token_budget=1024)
+    assert told["work_mb"] > 0
+    assert (told["prefix_mb"] > 0) == (way == "packed")
     rows = random_rows(family, num_prefix=num_prefix)
     for budget in (4096, 100):
         layout = Layout(rows)

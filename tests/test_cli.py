@@ -189,4 +189,5 @@ def test_doctor(checkpoints, capsys):
     assert printed.count("runs packed") == 2
     assert "a turn ends with '<|im_end|>'" in printed
     assert "every row encoded once" in printed
+    assert "MB more at work, kept prefixes" in printed
     assert "unknown arguments: --foo" in fails(capsys, ["doctor", "--foo", "--cdr_strong", "a", "--cdr_weak", "b"])

@@ -55,6 +55,9 @@ def print_examination(found: dict[str, Any]) -> None:
             table.add_row(
                 "", f"{model['architecture']}, {model['parameters']:,} parameters, {model['weights_mb']:,.0f} MB"
             )
+            table.add_row(
+                "", f"about {model['work_mb']:,.0f} MB more at work, kept prefixes {model['prefix_mb']:,.0f} MB"
+            )
             table.add_row("", f"{model['dtype']} on {model['device']}, {model['attention']} attention")
             reason = f" ({model['reason']})" if model["reason"] else ""
             table.add_row("", f"runs {model['way']}{reason}")

@@ -18,8 +18,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import ConfigError, ModelError
 from .encoding import Row
-from .forward import Decoder, Job, OwnLogits, Packed, Padded, Way, why_not_packed
-from .logps import Reduce, token_logps
+from .forward import CPU_TOKENS, Decoder, Job, OwnLogits, Packed, Padded, Way, why_not_packed
+from .logps import LOGITS_PER_CHUNK, Reduce, token_logps
 from .packing import MIN_PREFIX, Layout
 
 logger = logging.getLogger(__name__)
@@ -199,8 +199,8 @@ class CausalLM:
             return "row by row", self._reason
         return ("padded" if self._packed is None else "packed"), self._reason
 
-    def describe(self) -> dict[str, Any]:
-        """How the model will run, for people."""
+    def describe(self, *, token_budget: int) -> dict[str, Any]:
+        """How the model will run, for people. `prefix_mb`: at most; `work_mb`: about, for a forward of the budget."""
         way, reason = self.way()
         parameters = list(self.model.parameters())
         return {
@@ -211,10 +211,28 @@ class CausalLM:
             "weights_mb": sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
             "device": str(self.decoder.device),
+            "prefix_mb": self._prefix_cache_tokens * self._kept_values() * self.decoder.dtype.itemsize / 2**20,
+            "work_mb": self._work_bytes(token_budget) / 2**20,
             "attention": self._config._attn_implementation,
             "way": way,
             "reason": reason,
         }
+
+    def _kept_values(self) -> int:
+        """Numbers that the keys and values of a kept token are, over all layers."""
+        if self._packed is None:
+            return 0
+        heads: int = self._config.num_attention_heads
+        size: int = getattr(self._config, "head_dim", None) or self._config.hidden_size // heads
+        kept_heads: int = getattr(self._config, "num_key_value_heads", None) or heads
+        return 2 * int(self._config.num_hidden_layers) * kept_heads * size
+
+    def _work_bytes(self, token_budget: int) -> int:
+        """What a forward needs beside the weights: some hidden states, a layer's inner ones, and a chunk of logits."""
+        tokens = min(token_budget, CPU_TOKENS) if self.decoder.device.type == "cpu" else token_budget
+        hidden: int = self._config.hidden_size
+        inner: int = getattr(self._config, "intermediate_size", None) or 4 * hidden
+        return tokens * (6 * hidden + 3 * inner) * self.decoder.dtype.itemsize + 3 * 4 * LOGITS_PER_CHUNK
 
     def _choose(self, layout: Layout, token_budget: int) -> Way:
         """The way that runs fewer tokens. Depends on the rows alone, so that scores do not depend on the cache."""

@@ -42,12 +42,12 @@ class Member:
         added = self.encoder.tokenizer.added_tokens_decoder
         return self.encoder.end_ids | {id for id in self.lm.end_ids if id in added and added[id].special}
 
-    def describe(self) -> dict[str, Any]:
-        """How this model will run, for people."""
+    def describe(self, *, token_budget: int) -> dict[str, Any]:
+        """How this model will run, for people; see `CausalLM.describe`."""
         own = own_chat_template(self.encoder.tokenizer)
         template = "own" if self.encoder.chat_template == own else "its partner's, or cdr_chat_template"
         return {
-            **self.lm.describe(),
+            **self.lm.describe(token_budget=token_budget),
             "max_length": self.max_length,
             "end_of_turn": self.encoder.end_of_turn,
             "chat_template": template if self.encoder.chat_template else "none",

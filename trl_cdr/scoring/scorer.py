@@ -284,8 +284,9 @@ class DensityRatioScorer:
 
         Returns:
             `dict`: `strong` and `weak` (each `name`, `revision`, `architecture`, `parameters`, `weights_mb`, `dtype`,
-            `device`, `attention`, `way`, `reason`, `max_length` in tokens, `end_of_turn`, `chat_template`),
-            `shares_vocabulary` and `reads_alike`.
+            `device`, `prefix_mb`, `work_mb`, `attention`, `way`, `reason`, `max_length` in tokens, `end_of_turn`,
+            `chat_template`), `shares_vocabulary` and `reads_alike`. MB are 2**20 bytes; `prefix_mb` is the most that
+            `cdr_prefix_cache_tokens` allows, `work_mb` an estimate for a forward of `cdr_token_budget`.
 
         Raises:
             ConfigError, ModelError: as `load`.
@@ -293,8 +294,8 @@ class DensityRatioScorer:
         with self._source.lock:
             pair = self._load().pair
             return {
-                "strong": pair.strong.describe(),
-                "weak": pair.weak.describe(),
+                "strong": pair.strong.describe(token_budget=self.config.cdr_token_budget),
+                "weak": pair.weak.describe(token_budget=self.config.cdr_token_budget),
                 "shares_vocabulary": pair.shares_vocabulary,
                 "reads_alike": pair.reads_alike,
             }
