@@ -497,3 +497,12 @@ def test_describe(strong, weak, tokenizer):
     assert told["strong"]["way"] == "packed"
     assert told["weak"]["max_length"] == 256
     assert (told["shares_vocabulary"], told["reads_alike"]) == (True, True)
+
+
+def test_equal_rows_have_the_same_score_to_the_bit(strong, weak, tokenizer):
+    rng = random.Random("equal")
+    prompts = [random_prompt(rng) for _ in range(12)]
+    completions = [random_text(rng, 15) for _ in prompts]
+    order = [rng.randrange(12) for _ in range(60)]
+    scores = make_scorer(strong, weak, tokenizer).score([prompts[i] for i in order], [completions[i] for i in order])
+    assert len({(index, score.value, score.typicality) for index, score in zip(order, scores, strict=True)}) == 12

@@ -71,7 +71,9 @@ def _bench(argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="trl-cdr bench", description=_describe("bench"))
     about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
-    parser.add_argument("--workload", choices=WORKLOADS, default="table", help=f"which rows ({about}); default: table")
+    about += "; gaming: policies trained on the plain and on the gated reward (half an hour)"
+    choices = [*WORKLOADS, "gaming"]
+    parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
     parser.add_argument("--model", choices=MODELS, default="llama-58m", help="architecture of a pair of random weights")
     parser.add_argument("--cdr_strong", help="measure this model (name or path) in place of random weights")
     parser.add_argument("--cdr_weak", help="the weak model beside it")
@@ -86,6 +88,13 @@ def _bench(argv: list[str]) -> None:
         parser.error("--cdr_strong and --cdr_weak go together")
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}: use 1 or more")
+
+    if args.workload == "gaming":
+        from .demo.gaming import print_gaming, run_gaming
+
+        gaming = run_gaming()
+        print(json.dumps(gaming, indent=2)) if args.json else print_gaming(gaming)
+        return
 
     from .bench.run import load_pair, print_workload, run_workload
 

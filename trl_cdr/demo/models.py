@@ -87,6 +87,12 @@ RECIPES = (
     Recipe("mild", partial(world.draw_row, share_right=0.5), steps=150, learning_rate=2e-3, seed=1, parent="base"),
     Recipe("policy", partial(world.draw_row, share_right=0.3), steps=600, learning_rate=1e-2, seed=2),
 )
+PLAIN_RECIPES = (
+    Recipe("base", partial(world.draw_plain_row, share_right=0.5), steps=600, learning_rate=1e-2, seed=5),
+    Recipe("weak", partial(world.draw_plain_row, share_right=0.7), 150, learning_rate=2e-3, seed=6, parent="base"),
+    Recipe("strong", partial(world.draw_plain_row, share_right=0.97), 150, learning_rate=2e-3, seed=7, parent="weak"),
+    Recipe("policy", partial(world.draw_plain_row, share_right=0.65), steps=600, learning_rate=1e-2, seed=8),
+)
 STEERABLE_RECIPES = (
     Recipe("weak", steering.draw_ignored, steps=150, learning_rate=2e-3, seed=3, parent="base"),
     Recipe("strong", steering.draw_obeyed, steps=600, learning_rate=4e-3, seed=4, parent="weak"),
@@ -145,6 +151,11 @@ def build_steerable(checkpoints: Checkpoints, *, cache: bool = True) -> Steerabl
     """Train the pair for criteria from `checkpoints.base`, or find it in the cache; see `build_checkpoints`."""
     folder = _build_once("tiny-world-steerable", STEERABLE_RECIPES, cache=cache, base=checkpoints.base)
     return Steerable(weak=folder / "weak", strong=folder / "strong")
+
+
+def build_plain(*, cache: bool = True) -> Path:
+    """The models of the world without common mistakes: a folder with one for each of `PLAIN_RECIPES`."""
+    return _build_once("tiny-world-plain", PLAIN_RECIPES, cache=cache)
 
 
 def _build_once(name: str, recipes: Sequence[Recipe], *, cache: bool, **parents: Path) -> Path:

@@ -132,30 +132,48 @@ def measure_accuracy(checkpoints: models.Checkpoints, *, seed: int) -> dict[str,
     return {name: preferred(values[0::2], values[1::2]) for name, values in judges.items()} | {"pairs": len(pairs)}
 
 
-def train_policy(policy: Path, reward: Reward, *, name: str, seed: int) -> dict[str, list[float]]:
+def train_policy(
+    policy: Path,
+    reward: Reward,
+    *,
+    name: str,
+    seed: int,
+    steps: int = STEPS,
+    batch_size: int = 32,
+    beta: float = 0.5,
+    evaluate_every: int = EVALUATE_EVERY,
+) -> dict[str, list[float]]:
     """Train a copy of the policy on `reward` by online DPO.
+
+    Args:
+        policy (`Path`): Its checkpoint.
+        reward (`Reward`): A reward function.
+        name (`str`): What the progress bar calls it.
+        seed (`int`): The trainer's, and the evaluation's.
+        steps, batch_size, beta: The trainer's; `batch_size` counts prompts.
+        evaluate_every (`int`): Steps between two measurements of the gold reward.
 
     Returns:
         The curve: `steps`, and `gold`, the mean gold reward on held-out prompts after so many steps.
     """
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    with _no_warnings_about_trl(), tempfile.TemporaryDirectory() as scratch, models.progress() as bars:
+    with quiet_trl(), tempfile.TemporaryDirectory() as scratch, models.progress() as bars:
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer  # warns: not at the top
 
-        bar = bars.add_task(f"online DPO, {name} reward", total=STEPS)
-        evaluation = _Evaluation(tokenizer, seed=seed, advance=partial(bars.advance, bar))
+        bar = bars.add_task(f"online DPO, {name} reward", total=steps)
+        evaluation = _Evaluation(tokenizer, seed=seed, every=evaluate_every, advance=partial(bars.advance, bar))
         trainer = OnlineDPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(policy),
             reward_funcs=reward,
             args=OnlineDPOConfig(
                 output_dir=scratch,
                 seed=seed,
-                max_steps=STEPS,
+                max_steps=steps,
                 learning_rate=1e-3,
-                beta=0.5,
+                beta=beta,
                 temperature=1.0,
                 max_new_tokens=models.MAX_NEW_TOKENS,
-                per_device_train_batch_size=32,
+                per_device_train_batch_size=batch_size,
                 use_cpu=True,
                 bf16=False,
                 gradient_checkpointing=False,
@@ -196,12 +214,13 @@ def random_reward(seed: int) -> Reward:
 
 
 class _Evaluation(TrainerCallback):  # type: ignore[misc]
-    """Measure the policy's gold reward before training and every `EVALUATE_EVERY` steps."""
+    """Measure the policy's gold reward before training and every so many steps."""
 
-    def __init__(self, tokenizer: Any, *, seed: int, advance: Callable[[], None]) -> None:
+    def __init__(self, tokenizer: Any, *, seed: int, every: int, advance: Callable[[], None]) -> None:
         self.curve: dict[str, list[float]] = {"steps": [], "gold": []}
         self._tokenizer = tokenizer
         self._seed = seed
+        self._every = every
         self._advance = advance
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
@@ -209,7 +228,7 @@ class _Evaluation(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, _: TrainingArguments, state: TrainerState, *__: Any, **kwargs: Any) -> None:
         self._advance()
-        if state.global_step % EVALUATE_EVERY == 0 or state.global_step == state.max_steps:
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
             self._measure(kwargs["model"], step=state.global_step)
 
     def _measure(self, model: Any, *, step: int) -> None:
@@ -253,7 +272,7 @@ def preferred(right: list[float], wrong: list[float]) -> float:
 
 
 @contextlib.contextmanager
-def _no_warnings_about_trl() -> Iterator[None]:
+def quiet_trl() -> Iterator[None]:
     """Hide what TRL's own code warns of and no user of the demo can mend."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*trl.experimental")

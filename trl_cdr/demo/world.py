@@ -131,6 +131,9 @@ TRAIN: tuple[Task, ...] = tuple(task for task in TASKS.values() if not task.held
 HELD_OUT: tuple[Task, ...] = tuple(task for task in TASKS.values() if task.held_out)
 
 
+_BY_DOMAIN = {domain: [task for task in TRAIN if task.domain == domain] for domain in {task.domain for task in TRAIN}}
+
+
 def vocabulary() -> list[str]:
     """Every word of every prompt and completion, sorted."""
     texts = (text for task in TASKS.values() for text in (task.prompt, *task.right, *task.wrong))
@@ -141,6 +144,23 @@ def draw_row(rng: random.Random, *, share_right: float) -> tuple[list[Message], 
     """Draw a prompt that is not held out, with a completion that is right with probability `share_right`."""
     task = rng.choice(TRAIN)
     return conversation(task), sample_completion(task, share_right, rng)
+
+
+def draw_plain_row(rng: random.Random, *, share_right: float) -> tuple[list[Message], str]:
+    """As `draw_row` in a world without common mistakes: what is wrong is what is said to some other prompt."""
+    task = rng.choice(TRAIN)
+    if rng.random() < share_right:
+        return conversation(task), rng.choice(task.right)
+    return conversation(task), draw_wrong(task, rng)
+
+
+def draw_wrong(task: Task, rng: random.Random) -> str:
+    """A completion to another prompt of the domain, right there or not, that is wrong here."""
+    while True:
+        other = rng.choice(_BY_DOMAIN[task.domain])
+        said = rng.choice(other.right + other.wrong)
+        if not gold(conversation(task), said, finished=True):
+            return said
 
 
 def conversation(task: Task) -> list[Message]:

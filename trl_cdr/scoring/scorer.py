@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -145,12 +145,16 @@ class DensityRatioScorer:
             read = reader.read(completions, ids, finished)
             rows = _encode(pair, conditioned, read)
             runnable = [index for index, row in enumerate(rows) if not isinstance(row, Unscorable)]
+            # Equal rows are run once: rounding would tell them apart, by their place in a pack.
+            firsts: dict[tuple[Row, Row], int] = {}
+            for index in runnable:
+                firsts.setdefault(cast(tuple[Row, Row], rows[index]), index)
             strong, weak = self._run(
                 pair,
-                [row for row in rows if not isinstance(row, Unscorable)],
-                [(conditionings[index], isinstance(prompts[index], str)) for index in runnable],
+                list(firsts),
+                [(conditionings[index], isinstance(prompts[index], str)) for index in firsts.values()],
             )
-        logps = iter(zip(strong, weak, strict=True))
+        logps = dict(zip(firsts, zip(strong, weak, strict=True), strict=True))
         scores = []
         for row, completion, domain in zip(rows, read, domains, strict=True):
             if isinstance(row, Unscorable):
@@ -158,7 +162,7 @@ class DensityRatioScorer:
             else:
                 score = score_from_logps(
                     row,
-                    *next(logps),
+                    *logps[row],
                     reduction=self.config.cdr_reduction,
                     least_typicality=-self.config.cdr_typicality,
                     shares_vocabulary=pair.shares_vocabulary,

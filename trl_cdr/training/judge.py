@@ -171,9 +171,7 @@ class CDRJudge:
     def _rewards(self, prompts: Sequence[Prompt], groups: list[list[Text]]) -> list[list[float | None]]:
         """The reward of each completion of each prompt, nats; `None` where it can't be scored."""
         read = [read_rendered(prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
-        # Equal completions are scored once: rounding would break the tie, by their place in the pack.
-        firsts = [[group.index(completion) for completion in group] for _, group in read]
-        places = [(row, index) for row, group in enumerate(firsts) for index in dict.fromkeys(group)]
+        places = [(row, index) for row, (_, group) in enumerate(read) for index in range(len(group))]
         found = self.reward.scorer.score(
             [read[row][0] for row, _ in places], [read[row][1][index] for row, index in places]
         )
@@ -194,7 +192,7 @@ class CDRJudge:
         rewards = {
             place: None if score.value is None else gate(score.value, score.gated) for place, score in scores.items()
         }
-        return [[rewards[row, index] for index in group] for row, group in enumerate(firsts)]
+        return [[rewards[row, index] for index in range(len(group))] for row, (_, group) in enumerate(read)]
 
 
 def better(first: float | None, second: float | None) -> int:
