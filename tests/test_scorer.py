@@ -499,10 +499,19 @@ def test_describe(strong, weak, tokenizer):
     assert (told["shares_vocabulary"], told["reads_alike"]) == (True, True)
 
 
-def test_equal_rows_have_the_same_score_to_the_bit(strong, weak, tokenizer):
+def test_equal_rows_are_run_once(strong, weak, tokenizer, monkeypatch):
+    """Their scores are then the same to the bit, wherever in a pack they would have been."""
+    run, counts = CausalLM.per_token_logps, []
+
+    def watched(self, layout, **kwargs):
+        counts.append(len(layout.rows))
+        return run(self, layout, **kwargs)
+
+    monkeypatch.setattr(CausalLM, "per_token_logps", watched)
     rng = random.Random("equal")
     prompts = [random_prompt(rng) for _ in range(12)]
     completions = [random_text(rng, 15) for _ in prompts]
     order = [rng.randrange(12) for _ in range(60)]
     scores = make_scorer(strong, weak, tokenizer).score([prompts[i] for i in order], [completions[i] for i in order])
+    assert counts == [12, 12]
     assert len({(index, score.value, score.typicality) for index, score in zip(order, scores, strict=True)}) == 12
