@@ -8,6 +8,7 @@ The data's way through the package:
         |
         v
     training.reward     CDRReward: TRL's reward-function contract        (thin)
+                        training.environment, training.train: the same from environment variables, and a whole run
         |
         v
     scoring.scorer      DensityRatioScorer.score -> list[Score]          (the one entrance)
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .errors import UnscorableError as UnscorableError
     from .scoring.score import Score as Score
     from .scoring.scorer import DensityRatioScorer as DensityRatioScorer
+    from .training.environment import cdr_reward as cdr_reward
     from .training.reward import CDRReward as CDRReward
 
 __version__ = "0.1.0.dev0"
@@ -55,6 +57,7 @@ _HOMES = {
     "InputError": "errors",
     "ModelError": "errors",
     "UnscorableError": "errors",
+    "cdr_reward": "training.environment",
 }
 
 __all__ = [*_HOMES, "__version__"]
