@@ -132,10 +132,13 @@ def test_evaluation(options, run, tmp_path):
     assert {"eval_rewards/cdr_reward/mean", "eval_cdr/gated"} <= logged
 
 
+@pytest.mark.slow  # peft alone takes its time
 @pytest.mark.parametrize("name", TRAINERS)
 def test_lora(name, options, run):
     pytest.importorskip("peft")
-    folder, *_ = run({**options, **TRAINERS[name], "trainer": name, "use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]})
+    folder, *_ = run(
+        {**options, **TRAINERS[name], "trainer": name, "use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]}
+    )
     assert (folder / "adapter_model.safetensors").is_file()
     assert not (folder / "model.safetensors").exists()
 
