@@ -43,7 +43,8 @@ _TEMPLATE_ARGUMENTS = {
 class CDRConfig:
     """
     Options of the density-ratio reward. On the command line and in YAML every name keeps its prefix (`--cdr_strong`);
-    as keyword arguments of [`CDRReward`] and [`DensityRatioScorer`] the prefix is dropped (`strong=`).
+    as keyword arguments of [`CDRReward`] and [`DensityRatioScorer`] the prefix is dropped (`strong=`); as environment
+    variables of `trl_cdr.cdr_reward` they are in capitals (`CDR_STRONG`).
 
     Types and choices are checked here, because TrlParser does not check values that come from YAML.
 

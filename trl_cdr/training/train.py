@@ -65,9 +65,7 @@ def train(
     """
     Train a policy on the log-ratio of the pair; save it, and push it where `push_to_hub` asks for it.
 
-    `cdr_dtype="auto"`, `cdr_seed=0` follow the trainer's arguments (see `CDRConfig.options`). With `online_dpo`
-    `cdr_add_special_tokens="auto"` is `"false"`, as that trainer puts no BOS before string prompts. The policy's
-    tokenizer is the trainer's, unless `cdr_policy_tokenizer` names another.
+    The policy's tokenizer is the trainer's, unless `cdr_policy_tokenizer` names another.
 
     Args:
         arguments (`TrainArguments`): The trainer.
@@ -91,7 +89,7 @@ def train(
             "Leave it out, or pass trainer=grpo or rloo."
         )
     checkpoint = _find_checkpoint(training_args)
-    reward = _make_reward(arguments, cdr_args, training_args)
+    reward = make_reward(arguments, training_args=training_args, cdr_args=cdr_args)
     splits = [script_args.dataset_train_split, *([script_args.dataset_test_split] if is_evaluated else [])]
     with training_args.main_process_first(desc="load the prompts"):
         train_dataset, *eval_dataset = load_prompts(script_args, splits=splits)
@@ -119,6 +117,16 @@ def train(
     end_training(trainer)
 
 
+def make_reward(arguments: TrainArguments, *, training_args: Any, cdr_args: CDRConfig) -> CDRReward:
+    """
+    Build the reward as the trainer wants it: beside what `CDRReward.from_config` takes from its arguments,
+    `cdr_add_special_tokens="auto"` is `"false"` for online DPO, which puts no BOS before string prompts.
+    """
+    if arguments.trainer == "online_dpo" and cdr_args.cdr_add_special_tokens == "auto":
+        cdr_args = replace(cdr_args, cdr_add_special_tokens="false")
+    return CDRReward.from_config(cdr_args, training_args)
+
+
 def _find_checkpoint(training_args: Any) -> str | None:
     """The folder to resume from, or None; asked for and not there is an error before anything is loaded."""
     wanted = training_args.resume_from_checkpoint
@@ -136,12 +144,6 @@ def _find_checkpoint(training_args: Any) -> str | None:
             f"resume_from_checkpoint is true, and output_dir ({output_dir!r}) holds no checkpoint. Leave it out."
         )
     return str(last)
-
-
-def _make_reward(arguments: TrainArguments, cdr_args: CDRConfig, training_args: Any) -> CDRReward:
-    if arguments.trainer == "online_dpo" and cdr_args.cdr_add_special_tokens == "auto":
-        cdr_args = replace(cdr_args, cdr_add_special_tokens="false")
-    return CDRReward.from_config(cdr_args, training_args)
 
 
 def _model_init_kwargs(arguments: TrainArguments, training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
