@@ -3,8 +3,10 @@
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from trl_cdr import CDRConfig, CDRReward, ConfigError
@@ -115,6 +117,19 @@ def test_parses_beside_a_trainers_config_from_the_command_line():
     assert reward.config == dataclasses.replace(config, cdr_seed=7)
     assert CDRReward.from_config(dataclasses.replace(config, cdr_seed=3), args).config.cdr_seed == 3
     assert CDRReward.from_config(config).config == config
+
+
+def test_the_type_follows_the_trainers_where_the_pair_shares_its_device():
+    def chosen(device="cuda", bf16=True, **options):
+        args = SimpleNamespace(seed=0, bf16=bf16, device=torch.device(device))
+        return CDRConfig("a", "b", **options).options(args)["dtype"]
+
+    assert chosen() == chosen(cdr_device="cuda:1") == "bfloat16"
+    assert chosen(bf16=False) == chosen(device="cpu") == chosen(cdr_device="cpu") == "auto"
+    assert chosen(cdr_dtype="float32") == "float32"
+    *_, args, _, config = parse(*COMMON[:-4], "--bf16", "True", "--cdr_strong", "a", "--cdr_weak", "b")
+    assert args.bf16
+    assert config.options(args)["dtype"] == "auto"
 
 
 def test_parses_beside_a_trainers_config_from_yaml(tmp_path):

@@ -1,12 +1,18 @@
 """The examples run as they stand, on the demo's models, and stay short."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from trl import ModelConfig, ScriptArguments, TrlParser
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+from trl_cdr import CDRConfig, CDRReward
+from trl_cdr.training.train import TrainArguments
+
+FOLDER = Path(__file__).parent.parent / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -15,19 +21,18 @@ def test_short(path):
 
 
 def run(name, *arguments, cwd):
-    script = Path(__file__).parent.parent / "examples" / name
-    command = [sys.executable, str(script), "--tiny", *arguments]
+    command = [sys.executable, str(FOLDER / name), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, cwd=cwd).stdout
 
 
 @pytest.mark.slow
 def test_score(tmp_path):
-    assert "preferred: the answer is 8 ." in run("01_score.py", cwd=tmp_path)
+    assert "preferred: the answer is 8 ." in run("01_score.py", "--tiny", cwd=tmp_path)
 
 
 @pytest.mark.slow
 def test_criteria(tmp_path):
-    out = run("03_criteria.py", "--max_steps", "30", "--output_dir", str(tmp_path / "policy"), cwd=tmp_path)
+    out = run("03_criteria.py", "--tiny", "--max_steps", "30", "--output_dir", "policy", cwd=tmp_path)
     for name in ("right", "short"):
         [line] = [line for line in out.splitlines() if line.startswith(f"{name}: mean reward")]
         first, last = (float(word.rstrip(",")) for word in line.split() if word[:1] in "+-")
@@ -36,7 +41,7 @@ def test_criteria(tmp_path):
 
 @pytest.mark.slow
 def test_online_dpo(tmp_path):
-    out = run("02_online_dpo.py", "--max_steps", "30", "--output_dir", str(tmp_path / "policy"), cwd=tmp_path)
+    out = run("02_online_dpo.py", "--tiny", "--max_steps", "30", "--output_dir", "policy", cwd=tmp_path)
     first, last = (float(word.rstrip(",;")) for word in out.split() if word[:1] in "+-")
     assert last > first
     assert (tmp_path / "policy" / "model.safetensors").exists()
@@ -44,6 +49,37 @@ def test_online_dpo(tmp_path):
 
 @pytest.mark.slow
 def test_judge(tmp_path):
-    out = run("04_judge.py", cwd=tmp_path)
+    out = run("04_judge.py", "--tiny", cwd=tmp_path)
     assert [line.split(";")[0] for line in out.splitlines() if "better:" in line] == ["  better: 0", "  better: 1"]
     assert "best first: the answer is 8 . | " in out
+
+
+@pytest.mark.slow
+def test_grpo(tmp_path):
+    out = run("05_grpo.py", "--tiny", "--max_steps", "30", "--output_dir", "policy", cwd=tmp_path)
+    first, last = (float(word.rstrip(",;")) for word in out.split() if word[:1] in "+-")
+    assert last > first
+    assert (tmp_path / "policy" / "model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")  # TRL's, see test_train
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_yaml_is_read_to_the_last_key(path, tmp_path):
+    arguments = ["--config", str(path), "--use_cpu", "--bf16", "False", "--output_dir", str(tmp_path)]
+    first, _ = TrlParser((TrainArguments,)).parse_args_and_config(arguments, return_remaining_strings=True)
+    kinds = (TrainArguments, ScriptArguments, first.config_class, ModelConfig, CDRConfig)
+    *_, model_args, cdr_args, unknown = TrlParser(kinds).parse_args_and_config(arguments, return_remaining_strings=True)
+    assert not unknown
+    assert CDRReward.from_config(cdr_args).config == cdr_args
+    assert model_args.model_name_or_path
+
+
+@pytest.mark.slow
+def test_the_tiny_yaml(tmp_path):
+    run("tiny_world.py", cwd=tmp_path)
+    command = [sys.executable, "-m", "trl_cdr", "train", "--config", str(FOLDER / "tiny.yaml")]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    state = json.loads((tmp_path / "trl-cdr-tiny" / "out" / "trainer_state.json").read_text())
+    rewards = [log["rewards/cdr_reward/mean"] for log in state["log_history"] if "rewards/cdr_reward/mean" in log]
+    assert rewards[-1] > rewards[0]
+    assert any("eval_rewards/cdr_reward/mean" in log for log in state["log_history"])

@@ -91,6 +91,7 @@ def test_the_public_names():
         "Score",
         "UnscorableError",
         "__version__",
+        "cdr_reward",
     }
     assert all(hasattr(trl_cdr, name) for name in trl_cdr.__all__)
     assert set(dir(trl_cdr)) == set(trl_cdr.__all__)

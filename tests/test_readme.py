@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from families import FAMILIES
 
 from trl_cdr import CDRConfig, Criteria
+from trl_cdr.training.environment import read_environment
+from trl_cdr.training.train import TrainArguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,6 +52,23 @@ def test_the_criteria_in_the_readme_are_valid():
     criteria = Criteria.from_toml(text)
     assert list(criteria.domains) == ["chemistry", "chat", "default"]
     assert criteria.resolve("geology") == "default"
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")  # TRL's, see test_train
+def test_the_yaml_is_read_to_the_last_key(tmp_path):
+    from trl import GRPOConfig, ModelConfig, TrlParser
+    from trl.scripts.grpo import GRPOScriptArguments
+
+    ours, trls = (yaml.safe_load(block) for block in blocks("yaml"))
+    assert read_environment(trls.pop("env")) == CDRConfig(ours["cdr_strong"], ours["cdr_weak"])
+    path = tmp_path / "run.yaml"
+    for given, kinds in ((ours, (TrainArguments, CDRConfig)), (trls, ())):
+        path.write_text(yaml.safe_dump(given))
+        parser = TrlParser((GRPOScriptArguments, GRPOConfig, ModelConfig, *kinds))
+        *_, unknown = parser.parse_args_and_config(
+            ["--config", str(path), "--use_cpu", "--bf16", "False"], return_remaining_strings=True
+        )
+        assert not unknown
 
 
 def test_the_option_table_is_the_config():

@@ -8,7 +8,8 @@ The data's way through the package:
         |
         v
     training.reward     CDRReward: TRL's reward-function contract        (thin)
-    training.judge      CDRJudge: TRL's judge protocol, on rewards       (thin)
+        |               beside it: judge (TRL's judge protocol), callback (metrics, provenance),
+        |               environment (options from variables), train (a whole run)
         |
         v
     scoring.scorer      DensityRatioScorer.score -> list[Score]          (the one entrance)
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .scoring.score import Score as Score
     from .scoring.scorer import DensityRatioScorer as DensityRatioScorer
     from .training.callback import CDRCallback as CDRCallback
+    from .training.environment import cdr_reward as cdr_reward
     from .training.judge import CDRJudge as CDRJudge
     from .training.reward import CDRReward as CDRReward
 
@@ -60,6 +62,7 @@ _HOMES = {
     "InputError": "errors",
     "ModelError": "errors",
     "UnscorableError": "errors",
+    "cdr_reward": "training.environment",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -27,6 +27,18 @@ def reward_functions(trainer: Any) -> list[Any]:
     return list(functions) if isinstance(functions, (list, tuple)) else [functions]
 
 
+def trust_remote_code(*configs: Any) -> bool:
+    """Whether the policy may bring code of its own: TRL moved the field from ModelConfig to the trainers' configs."""
+    return any(getattr(config, "trust_remote_code", False) for config in configs)
+
+
+def end_training(trainer: Any) -> None:
+    """Close trackers and the process group, after the last call that needs them. Nothing in transformers < 5.18."""
+    end = getattr(trainer, "end", None)
+    if end is not None:
+        end()
+
+
 def register_pairwise_judge(judge: type) -> None:
     """
     Make a class a subclass of TRL's `BasePairwiseJudge` in the eyes of `isinstance`. Without effect where TRL has no

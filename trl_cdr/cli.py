@@ -1,4 +1,6 @@
-"""The `trl-cdr` command. Parses; `demo`, `annotation` and `bench` do the work, imported when their command runs."""
+"""The `trl-cdr` command. Parses; `demo`, `training`, `annotation` and `bench` do the work, imported when their command
+runs.
+"""
 
 import argparse
 import json
@@ -8,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import __version__
-from .errors import CDRError
+from .errors import CDRError, ConfigError
 
 _COMMANDS = {
     "demo": "build a tiny strong/weak pair and train a policy on its labels, offline, in about two minutes",
+    "train": "train a policy on the pair's labels with a trainer of TRL, from YAML or arguments",
     "score": "score a JSONL file of prompts and completions",
     "bench": "measure what scoring costs, beside the naive way",
     "doctor": "print versions, and how each model of a pair will run: what a bug report should hold",
@@ -36,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands.add_parser(name, help=summary, add_help=False)
     command, rest = parser.parse_known_args(argv)
     try:
-        {"demo": _demo, "score": _score, "bench": _bench, "doctor": _doctor}[command.command](rest)
+        run = {"demo": _demo, "train": _train, "score": _score, "bench": _bench, "doctor": _doctor}[command.command]
+        run(rest)
     except CDRError as error:
         print(f"trl-cdr {command.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -55,6 +59,19 @@ def _demo(argv: list[str]) -> None:
         from .demo.story import run_demo as run
 
     run(args.output_dir, cache=not args.no_cache)
+
+
+def _train(argv: list[str]) -> None:
+    from trl import ModelConfig, ScriptArguments
+
+    from .config import CDRConfig
+    from .training.train import TrainArguments, train
+
+    # --trainer, on the command line or in YAML, says which config reads the rest.
+    [first], _ = _read("train", (TrainArguments,), argv, add_help=False)
+    kinds = (TrainArguments, ScriptArguments, first.config_class, ModelConfig, CDRConfig)
+    arguments, script_args, training_args, model_args, cdr_args = _parse("train", kinds, argv)
+    train(arguments, script_args=script_args, training_args=training_args, model_args=model_args, cdr_args=cdr_args)
 
 
 def _score(argv: list[str]) -> None:
@@ -117,16 +134,33 @@ def _doctor(argv: list[str]) -> None:
 
 def _parse(command: str, kinds: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     """Dataclasses from the command line and `--config`; unlike TRL's own scripts, what is unknown is an error."""
+    parsed, unknown = _read(command, kinds, argv)
+    if unknown:
+        raise ConfigError(
+            f"unknown arguments: {' '.join(unknown)}. trl-cdr {command} --help lists those that are known."
+        )
+    return parsed
+
+
+def _read(
+    command: str, kinds: tuple[type, ...], argv: list[str], *, add_help: bool = True
+) -> tuple[tuple[Any, ...], list[str]]:
+    """Dataclasses, and the words that no field of theirs claims."""
+    import yaml
     from trl import TrlParser
 
-    parser = TrlParser(kinds, prog=f"trl-cdr {command}", description=_describe(command))
+    parser = TrlParser(
+        kinds, prog=f"trl-cdr {command}", description=_describe(command), add_help=add_help, allow_abbrev=False
+    )
     try:
         *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    except OSError as error:
-        parser.error(f"--config: {error}")
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-    return tuple(parsed)
+    except CDRError:
+        raise
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config: {error}") from error
+    except ValueError as error:  # how TRL's and transformers' configs refuse a value
+        raise ConfigError(str(error)) from error
+    return tuple(parsed), unknown
 
 
 def _describe(command: str) -> str:

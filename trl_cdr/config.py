@@ -43,7 +43,8 @@ _TEMPLATE_ARGUMENTS = {
 class CDRConfig:
     """
     Options of the density-ratio reward. On the command line and in YAML every name keeps its prefix (`--cdr_strong`);
-    as keyword arguments of [`CDRReward`] and [`DensityRatioScorer`] the prefix is dropped (`strong=`).
+    as keyword arguments of [`CDRReward`] and [`DensityRatioScorer`] the prefix is dropped (`strong=`); as environment
+    variables of `trl_cdr.cdr_reward` they are in capitals (`CDR_STRONG`).
 
     Types and choices are checked here, because TrlParser does not check values that come from YAML.
 
@@ -71,7 +72,11 @@ class CDRConfig:
         default=None, metadata={"help": "Revision (branch, tag, commit) of the weak model."}
     )
     cdr_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Type of the pair's weights. auto: the checkpoint's; float32 on CPU."}
+        default="auto",
+        metadata={
+            "help": "Type of the pair's weights. auto: bfloat16 where the trainer has bf16, else the checkpoint's; "
+            "float32 on CPU."
+        },
     )
     cdr_device: str = field(
         default="auto", metadata={"help": "Device of the pair, such as cuda:1. auto: the process's own."}
@@ -236,11 +241,18 @@ class CDRConfig:
         The fields as keyword arguments, without the prefix.
 
         Args:
-            args (`TrainingArguments`, *optional*): The trainer's; its `seed` stands in for the default `cdr_seed`.
+            args (`TrainingArguments`, *optional*): The trainer's, for what is left at its default: `cdr_seed=0` is its
+                `seed`; `cdr_dtype="auto"` is bfloat16 where the trainer computes in it (`bf16`), the pair sits on the
+                trainer's kind of device and that is no CPU, where "auto" stays float32: bfloat16 is slow there. fp16
+                changes nothing, since the range of float16 is too small for many checkpoints.
         """
         options = {f.name.removeprefix(_PREFIX): getattr(self, f.name) for f in fields(self)}
         if args is not None and self.cdr_seed == CDRConfig.cdr_seed:
             options["seed"] = args.seed
+        if args is not None and self.cdr_dtype == "auto" and args.bf16:
+            device = args.device.type if self.cdr_device == "auto" else self.cdr_device.split(":")[0]
+            if device == args.device.type != "cpu":
+                options["dtype"] = "bfloat16"
         return options
 
 

@@ -103,7 +103,8 @@ class CDRReward:
 
         Args:
             config (`CDRConfig`): Every option; both models by name or path.
-            args (`TrainingArguments`, *optional*): The trainer's; its `seed` stands in for the default `cdr_seed`.
+            args (`TrainingArguments`, *optional*): The trainer's, for defaults that the config leaves open: see
+                `CDRConfig.options`.
         """
         return cls(**config.options(args))
 

@@ -1,0 +1,285 @@
+"""`trl-cdr train`: each of TRL's trainers from YAML alone, and what is refused before a model is loaded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
+from tiny import answer, chat, llama
+from trl import ScriptArguments
+
+from trl_cdr import CDRConfig, ConfigError, InputError
+from trl_cdr.cli import main
+from trl_cdr.training.prompts import load_prompts
+from trl_cdr.training.train import TrainArguments, make_reward
+
+pytestmark = [
+    # TRL's configs set gradient_checkpointing, which transformers 5 renamed; drop when TRL follows
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),
+]
+WORDS = ["hello", "what is this", "the quick brown fox", "a lazy dog"]
+TRAINERS = {
+    "grpo": {"max_completion_length": 8, "num_generations": 2},
+    "rloo": {"max_completion_length": 8, "num_generations": 2},
+    "online_dpo": {"max_new_tokens": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory, tokenizer):
+    folder = str(tmp_path_factory.mktemp("policy") / "policy")
+    model = llama(len(tokenizer), seed=2)
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def options(tmp_path, checkpoints, policy):
+    """What a YAML holds, but for the trainer's own."""
+    return {
+        "model_name_or_path": policy,
+        "dataset_name": write_rows(tmp_path / "data" / "prompts.jsonl", [{"prompt": chat(word)} for word in WORDS * 4]),
+        "output_dir": str(tmp_path / "out"),
+        "cdr_strong": checkpoints["strong"],
+        "cdr_weak": checkpoints["weak"],
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run(options, *arguments):
+        config = tmp_path / "run.yaml"
+        config.write_text(yaml.safe_dump(options))
+        main(["train", "--config", str(config), *arguments])
+        folder = Path(options["output_dir"])
+        state = json.loads((folder / "trainer_state.json").read_text())
+        return folder, state["global_step"], {key for entry in state["log_history"] for key in entry}
+
+    return run
+
+
+@pytest.fixture
+def refused(run, capsys):
+    def refused(options, *arguments):
+        with pytest.raises(SystemExit) as stop:
+            run(options, *arguments)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    return refused
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_each_trainer_from_yaml(name, options, run, policy, caplog):
+    options |= {"trainer": name, "cdr_name": "pair", "cdr_typicality": float("inf"), **TRAINERS[name]}
+    folder, steps, logged = run({**options, "cdr_chat_template_kwargs": {"enable_thinking": False}})
+    assert steps == 2
+    own = "objective/scores" if name == "online_dpo" else "rewards/pair_reward/mean"
+    assert {own, "pair/gated", "pair/step_share"} <= logged
+    before, after = (load_file(Path(at) / "model.safetensors") for at in (policy, folder))
+    assert any(not before[key].equal(after[key]) for key in before)
+    assert not [record for record in caplog.records if record.name.startswith("trl_cdr")]  # the tokenizer is known
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_reward_follows_the_trainer(name, tmp_path):
+    arguments = TrainArguments(name)
+    training_args = arguments.config_class(str(tmp_path), use_cpu=True, bf16=False, seed=7, report_to="none")
+
+    def made(**options):
+        return make_reward(arguments, training_args=training_args, cdr_args=CDRConfig("a", "b", **options)).config
+
+    assert made().cdr_seed == 7
+    assert made().cdr_add_special_tokens == ("false" if name == "online_dpo" else "auto")
+    assert made(cdr_add_special_tokens="true").cdr_add_special_tokens == "true"
+
+
+def test_the_command_line_goes_before_yaml(options, run):
+    arguments = ["--trainer", "rloo", "--max_steps", "1", "--cdr_chat_template_kwargs", '{"enable_thinking": false}']
+    _, steps, logged = run({**options, "trainer": "online_dpo", **TRAINERS["rloo"]}, *arguments)
+    assert steps == 1
+    assert "rewards/cdr_reward/mean" in logged
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(options, run, tmp_path):
+    options |= {**TRAINERS["grpo"], "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole, *_ = run(options)
+    resumed, steps, _ = run(
+        {**options, "output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": f"{whole}/checkpoint-2"}
+    )
+    assert steps == 4
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert all(first[key].equal(second[key]) for key in first)
+    (whole / "checkpoint-4").rename(tmp_path / "gone")
+    assert run(options, "--resume_from_checkpoint", "true")[1] == 4
+    assert (whole / "checkpoint-4").is_dir()
+
+
+def test_evaluation(options, run, tmp_path):
+    write_rows(tmp_path / "data" / "test.jsonl", [{"prompt": chat(word)} for word in WORDS])
+    Path(options["dataset_name"]).rename(tmp_path / "data" / "train.jsonl")
+    options |= {**TRAINERS["grpo"], "dataset_name": str(tmp_path / "data"), "per_device_eval_batch_size": 4}
+    *_, logged = run({**options, "eval_strategy": "steps", "eval_steps": 2})
+    assert {"eval_rewards/cdr_reward/mean", "eval_cdr/gated"} <= logged
+
+
+@pytest.mark.slow  # peft alone takes its time
+@pytest.mark.parametrize("name", TRAINERS)
+def test_lora(name, options, run):
+    pytest.importorskip("peft")
+    folder, *_ = run(
+        {**options, **TRAINERS[name], "trainer": name, "use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]}
+    )
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cdr_strnog": "a"}, "unknown arguments: --cdr_strnog a"),
+        ({"max_new_tokens": 8}, "unknown arguments: --max_new_tokens 8"),
+        ({"trainer": "ppo"}, "trainer is 'ppo'. Use one of: grpo, rloo, online_dpo"),
+        ({"cdr_reduction": "max"}, "cdr_reduction is 'max'"),
+        ({"num_generations": 3}, "num_generations (3)"),
+        ({"model_name_or_path": None}, "model_name_or_path is missing"),
+        ({"dataset_name": None}, "dataset_name is missing"),
+        ({"dataset_name": "no/such.jsonl"}, "dataset_name is 'no/such.jsonl', which can't be read: no such file"),
+        ({"dataset_name": "no-such/data"}, "dataset_name is 'no-such/data', which can't be read"),
+        ({"dataset_train_split": "train_sft"}, "has no split 'train_sft', but train. Pass dataset_train_split"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "has no split 'test', but train"),
+        ({"resume_from_checkpoint": True}, "holds no checkpoint"),
+        ({"resume_from_checkpoint": "no/such"}, "resume_from_checkpoint is 'no/such', and no such folder exists"),
+    ],
+)
+def test_what_is_refused_before_a_model_is_loaded(change, message, options, refused):
+    options = {**options, **TRAINERS["grpo"], "cdr_strong": "no/such/model", "cdr_weak": "no/such/model", **change}
+    assert message in refused({key: value for key, value in options.items() if value is not None})
+
+
+def test_online_dpo_can_not_evaluate(options, refused):
+    options |= {**TRAINERS["online_dpo"], "trainer": "online_dpo", "eval_strategy": "steps", "eval_steps": 1}
+    assert "eval_strategy is 'steps', and TRL's OnlineDPOTrainer can't evaluate" in refused(options)
+
+
+def test_a_config_that_is_no_yaml(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("a: [\n")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(path)])
+    assert "trl-cdr train: --config: while parsing" in capsys.readouterr().err
+
+
+def test_help_lists_the_arguments_of_the_trainer(capsys):
+    for name, its_own in (("grpo", "--num_iterations"), ("online_dpo", "--max_new_tokens")):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "--trainer", name, "--help"])
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        assert all(word in printed for word in (its_own, "--trainer", "--cdr_strong", "--lora_r"))
+
+
+def prompts(rows, tmp_path, **arguments):
+    name = write_rows(tmp_path / "rows.jsonl", rows)
+    [data] = load_prompts(ScriptArguments(dataset_name=name, **arguments), splits=["train"])
+    return data
+
+
+def test_prompts_of_a_preference_data_set(tmp_path):
+    turns = {"chosen": chat("hello") + answer("good"), "rejected": chat("hello") + answer("bad"), "domain": "chat"}
+    for extra in ({}, {"prompt": "hello"}):  # some data sets repeat the prompt as text
+        data = prompts([turns | extra] * 2, tmp_path)
+        assert data[:] == {"prompt": [chat("hello")] * 2, "domain": ["chat"] * 2}
+    data = prompts([{"prompt": "hello", "chosen": "good", "rejected": "bad"}], tmp_path)
+    assert data[:] == {"prompt": ["hello"]}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_prompts_of_conversations(tmp_path, streaming):
+    rows = [{"messages": chat("system:be brief", "a", "b", "c", "d")}, {"messages": chat("system:be brief", "a")}]
+    data = prompts(rows, tmp_path, dataset_streaming=streaming)
+    assert [row["prompt"] for row in data] == [chat("system:be brief", "a", "b", "c"), chat("system:be brief", "a")]
+    assert all(set(row) == {"prompt"} for row in data)
+
+
+def test_data_sets_that_were_saved(tmp_path):
+    data = Dataset.from_dict({"prompt": WORDS})
+    for saved in (data, DatasetDict(train=data)):
+        saved.save_to_disk(str(tmp_path / "saved"))
+        [loaded] = load_prompts(ScriptArguments(dataset_name=str(tmp_path / "saved")), splits=["train"])
+        assert loaded["prompt"][:] == WORDS
+
+
+def test_what_has_no_prompts(tmp_path):
+    with pytest.raises(InputError, match="has no column prompt, .* its columns are: question, answer"):
+        prompts([{"question": "a", "answer": "b"}], tmp_path)
+    (tmp_path / "broken.jsonl").write_text("{")
+    with pytest.raises(InputError, match="broken.jsonl', which can't be read"):
+        load_prompts(ScriptArguments(dataset_name=str(tmp_path / "broken.jsonl")), splits=["train"])
+    with pytest.raises(ConfigError, match="dataset_name is missing"):
+        load_prompts(ScriptArguments(), splits=["train"])
+
+
+def launch(command, tmp_path, settings):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CDR_")}
+    run = subprocess.run(
+        [sys.executable, "-m", *command, "--config", str(config)],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout + run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_trls_own_command(name, options, tmp_path):
+    """The reward by its dotted path, its options in the YAML's `env`."""
+    given = {key: options.pop(key) for key in ("cdr_strong", "cdr_weak")}
+    options["dataset_name"] = str(Path(options["dataset_name"]).parent)  # this command takes no single file
+    environment = {key.upper(): value for key, value in given.items()} | {"CDR_NAME": "pair"}
+    environment["CDR_TYPICALITY"] = float("inf")
+    settings = options | TRAINERS[name] | {"reward_funcs": ["trl_cdr.cdr_reward"], "env": environment}
+    printed = launch(["trl.cli.main", name], tmp_path, settings)
+    assert "rewards/pair_reward/mean" in printed
+    assert "pair/gated" in printed
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo", "online_dpo"])
+def test_under_accelerate_launch(name, options, tmp_path):
+    """Two processes, each with the pair and its share of the prompts."""
+    settings = options | TRAINERS[name] | {"trainer": name}
+    accelerate = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "trl_cdr", "train"]
+    printed = launch(accelerate, tmp_path, settings)
+    assert printed.count(f"2 steps of {name}") == 1
