@@ -1,0 +1,40 @@
+"""The workload that tries to game the reward: one setting in which the plain ratio collapses, and its table."""
+
+import math
+import random
+
+import pytest
+
+from trl_cdr.demo import gaming, models, world
+
+
+@pytest.mark.slow
+def test_the_gate_keeps_a_policy_from_gaming_the_ratio():
+    with models.one_thread(), models.quiet():
+        setting = gaming.make_settings()["dpo"]
+        start, plain = gaming.train(setting, gate=math.inf, seed=0)["gold"]
+        _, gated = gaming.train(setting, gate=1.5, seed=0)["gold"]
+    assert plain < start  # the reward rose, and what it stands for fell
+    assert gated > start + 0.1
+    assert gated > plain + 0.2
+
+
+def test_wrong_completions_of_the_plain_world_are_wrong_and_in_its_language():
+    rng = random.Random(0)
+    said = set()
+    for _ in range(300):
+        prompt, completion = world.draw_plain_row(rng, share_right=0.0)
+        assert world.gold(prompt, completion, finished=True) == 0
+        said.add(completion)
+    assert len(said) > 100  # no common mistake
+    assert all(world.gold(*world.draw_plain_row(rng, share_right=1.0), finished=True) for _ in range(50))
+
+
+def test_the_table(capsys):
+    found = {"label": "a setting", "start": [0.4, 0.5], "gates": {"plain": [0.2, 0.3], "gate 1.5": [0.8, 0.75]}}
+    gaming.print_gaming({"settings": {"dpo": found}})
+    assert capsys.readouterr().out.splitlines() == [
+        "| online DPO | start | plain | gate 1.5 |",
+        "|---|---|---|---|",
+        "| a setting | 0.45 | 0.20 0.30 | 0.80 0.75 |",
+    ]
