@@ -167,6 +167,14 @@ def test_what_it_refuses(tmp_path, reward, checkpoints, tokenizer):
         trainer.train()
 
 
+def test_two_rewards_of_one_name_are_refused(tmp_path, reward, checkpoints, tokenizer):
+    other = CDRReward(checkpoints["strong"], checkpoints["weak"])
+    trainer, _ = make("grpo", tmp_path, [reward, other], tokenizer)
+    trainer.add_callback(CDRCallback(reward, trainer))
+    with pytest.raises(ConfigError, match="2 of the trainer's rewards are called cdr_reward"):
+        trainer.train()
+
+
 def test_a_policy_that_scores_itself_is_refused(tmp_path, tokenizer, weak):
     policy = llama(len(tokenizer), seed=2)
     reward = CDRReward(policy, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer)

@@ -46,8 +46,8 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
             their own for that.
 
     Raises:
-        ConfigError: `reward` is no `CDRReward`. When training begins: the trainer does not use this reward, online DPO
-            without `trainer`, or the policy is the very module that scores.
+        ConfigError: `reward` is no `CDRReward`. When training begins: the trainer does not use this reward, or uses two
+            of one name; online DPO without `trainer`; the policy is the very module that scores.
 
     Example:
 
@@ -111,6 +111,11 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
         if self._trainer is not None and not any(f is self.reward for f in _compat.reward_functions(self._trainer)):
             raise ConfigError(
                 f"the trainer does not use {name}. Pass the same object as reward_funcs= and to CDRCallback."
+            )
+        names = [f.__name__ for f in _compat.reward_functions(self._trainer) if isinstance(f, CDRReward)]
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"{len(names)} of the trainer's rewards are called {name}: their metrics would mix. Pass another name=."
             )
         inner = getattr(policy, "module", policy)
         if any(inner is model for model in self.reward.scorer.modules()):
