@@ -154,7 +154,7 @@ def test_bench_prints_ours_beside_the_other_ways(checkpoints, capsys, monkeypatc
     assert alone["tokens"]["unique"] == 64 + 64 - 1
     for case in result["cases"]:
         assert case["max_difference"] < 1e-4
-        assert set(case["seconds"]) == {"ours", "cold", "padded", "naive", "plain"}
+        assert set(case["seconds"]) == {"ours", "cold", "gated", "padded", "naive", "plain"}
     assert result["ways"] == ["packed", "packed"]
     main(["bench", "--workload", "single", *pair])
     printed = capsys.readouterr().out
