@@ -67,9 +67,9 @@ def run_workload(name: str, pair: Sequence[CausalLM], *, runs: int = 5) -> dict[
     Returns:
         `dict`: `machine`, `weights_mb`, `matrix_tflops`, `ways` (how each model runs), and `cases`: for each shape
         `label`, `tokens.unique`, `tokens.padded`, `seconds.*` (`ours`, `cold`, `gated`, `padded`, `naive`, `plain`),
-        `tokens_per_second`, `matrix_share` (of ours, unique tokens), `peak_mb.*` (`ours`, `gated`, `padded`, `naive`,
-        `plain`), `speed.*` (`gated`, `naive`, `padded`, `plain`: their seconds over ours) and `max_difference` from the naive way (nats
-        a token).
+        `tokens_per_second`, `matrix_share` (of ours, unique tokens), `peak_mb.*` (as `seconds.*`, without `cold`),
+        `speed.*` (`gated`, `naive`, `padded`, `plain`: their seconds over ours) and `max_difference` from the naive way
+        (nats a token).
     """
     device = pair[0].model.device.type
     ways = [lm.way()[0] for lm in pair]
