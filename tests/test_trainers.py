@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from oracle import completion_logps, render, typicality
-from tiny import byte_tokenizer, chat, llama
+from tiny import TRAINING, byte_tokenizer, chat, llama
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
@@ -21,13 +21,9 @@ WORDS = ["hello", "what is this", "the quick brown fox", "a lazy dog"]
 COMMON = {
     "per_device_train_batch_size": 4,
     "max_steps": 3,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
+    **TRAINING,
     "save_strategy": "no",
     "logging_steps": 1,
-    "disable_tqdm": True,
 }
 
 
