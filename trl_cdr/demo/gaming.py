@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from ..training.reward import CDRReward
 from . import models, world
-from .story import quiet_trl, train_policy, versions
+from .story import TINY_RUN, quiet_trl, train_policy, versions
 
 SEEDS = (0, 1, 2)
 GATES = (math.inf, 2.0, 1.5, 1.0)
@@ -133,13 +133,7 @@ def _build_dpo_strong(plain: Path, *, cache: bool) -> Path:
                 loss_type=["sigmoid", "sft"],  # without the likelihood the model drifts off its grammar
                 loss_weights=[1.0, 1.0],
                 per_device_train_batch_size=64,
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
+                **TINY_RUN,
             ),
             train_dataset=Dataset.from_list([_draw_pair(rng) for _ in range(_PAIRS)]),
             processing_class=tokenizer,

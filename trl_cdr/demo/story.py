@@ -49,6 +49,17 @@ EVALUATION_SAMPLES = 4
 PAIR_SAMPLES = 8
 PAIRS_PER_PROMPT = 3
 
+TINY_RUN: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+"""Of a trainer's arguments: a run on the CPU that says and keeps nothing."""
+
 Reward = Callable[..., Sequence[float | None]]
 
 
@@ -174,13 +185,7 @@ def train_policy(
                 temperature=1.0,
                 max_new_tokens=models.MAX_NEW_TOKENS,
                 per_device_train_batch_size=batch_size,
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
+                **TINY_RUN,
             ),
             train_dataset=Dataset.from_list(
                 [{"prompt": world.conversation(task), "domain": task.domain} for task in world.TRAIN]
