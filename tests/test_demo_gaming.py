@@ -17,6 +17,9 @@ def test_the_gate_keeps_a_policy_from_gaming_the_ratio():
     assert plain < start  # the reward rose, and what it stands for fell
     assert gated > start + 0.1
     assert gated > plain + 0.2
+    for kind, found in gaming.measure_attacks(setting).items():
+        assert found["gated"] <= 0.2, kind
+    assert found["plain"] > 0.3  # a stray word behind a right completion
 
 
 def test_wrong_completions_of_the_plain_world_are_wrong_and_in_its_language():
@@ -32,9 +35,14 @@ def test_wrong_completions_of_the_plain_world_are_wrong_and_in_its_language():
 
 def test_the_table(capsys):
     found = {"label": "a setting", "start": [0.4, 0.5], "gates": {"plain": [0.2, 0.3], "gate 1.5": [0.8, 0.75]}}
+    found["attacks"] = {"nothing": {"plain": 0.5, "gated": 0.0, "highest": 3.0}}
     gaming.print_gaming({"settings": {"dpo": found}})
     assert capsys.readouterr().out.splitlines() == [
         "| online DPO | start | plain | gate 1.5 |",
         "|---|---|---|---|",
         "| a setting | 0.45 | 0.20 0.30 | 0.80 0.75 |",
+        "",
+        "| worth more than a right completion: plain / gated | a setting |",
+        "|---|---|",
+        "| nothing | 50% / 0% |",
     ]
