@@ -99,6 +99,20 @@ def test_scores_of_different_runs_do_not_mix(arguments, tmp_path, capsys):
     assert "holds the scores of another input" in fails(capsys, arguments)
 
 
+def test_score_under_criteria(arguments, tmp_path, checkpoints, capsys):
+    criteria = tmp_path / "criteria.toml"
+    criteria.write_text('[quick]\ninstruction = "be quick"\n[plain]\n')
+    rows = [{"prompt": chat("hello"), "completion": "world", "kind": kind} for kind in ("quick", "plain")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments += ["--cdr_criteria", str(criteria), "--cdr_router", "column:kind"]
+    main(arguments)
+    quick, plain = (row["score"] for row in read(tmp_path))
+    assert (quick["domain"], plain["domain"]) == ("quick", "plain")
+    assert quick["value"] != plain["value"]
+    criteria.write_text('[quick]\ninstruction = "be slow"\n[plain]\n')
+    assert "holds scores with criteria_sha256=" in fails(capsys, arguments)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

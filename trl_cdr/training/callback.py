@@ -9,7 +9,6 @@ import json
 import time
 from collections import defaultdict
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +165,6 @@ def provenance(reward: CDRReward) -> dict[str, Any]:
             role: {key: described[role][key] for key in ("name", "revision", "dtype", "way")}
             for role in ("strong", "weak")
         },
-        "criteria_sha256": None if criteria is None else sha256(repr(dict(criteria.domains)).encode()).hexdigest(),
+        "criteria_sha256": None if criteria is None else criteria.digest,
         "versions": _compat.versions(),
     }
