@@ -11,8 +11,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.mark.slow
-def test_the_demo_shows_what_it_claims(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TRL_CDR_CACHE", str(tmp_path / "cache"))
+def test_the_demo_shows_what_it_claims(tmp_path, capsys):
     summary = story.run_demo(tmp_path / "out")
 
     accuracy, gold = summary["accuracy"], summary["gold"]
