@@ -41,10 +41,13 @@ class Recorder(CDRReward):
 def make(name, tmp_path, reward, tokenizer, prompts, policy):
     data = Dataset.from_dict({"prompt": prompts, "note": ["x"] * len(prompts)})
     kwargs = {"model": policy, "processing_class": tokenizer, "reward_funcs": reward, "train_dataset": data}
+    # A special token that a random policy writes last, and that ends no turn, would be told from padding by nobody.
+    never = [token for token in tokenizer.all_special_ids if token != tokenizer.eos_token_id]
+    options = {**COMMON, "generation_kwargs": {"suppress_tokens": never}}
     if name == "online_dpo":
-        return OnlineDPOTrainer(args=OnlineDPOConfig(str(tmp_path), max_new_tokens=8, **COMMON), **kwargs)
+        return OnlineDPOTrainer(args=OnlineDPOConfig(str(tmp_path), max_new_tokens=8, **options), **kwargs)
     config, trainer = (GRPOConfig, GRPOTrainer) if name == "grpo" else (RLOOConfig, RLOOTrainer)
-    args = config(str(tmp_path), max_completion_length=8, num_generations=2, beta=0.0, **COMMON)
+    args = config(str(tmp_path), max_completion_length=8, num_generations=2, beta=0.0, **options)
     return trainer(args=args, **kwargs)
 
 
