@@ -218,6 +218,31 @@ def test_several_rewards_with_weights(tmp_path, policy, tokenizer):
     assert all(log["pairs/chosen_tokens"] < log["pairs/rejected_tokens"] for log in logs_of(trainer))
 
 
+def test_what_others_wrote_is_not_learnt(tmp_path, policy, tokenizer):
+    """A rollout marks the tokens of tools or an environment: read as context, and no part of the loss."""
+
+    def write(prompts, trainer):
+        ids = tokenizer([prompt[-1]["content"] for prompt in prompts]).input_ids
+        written = [[20 + index, 30, 31, 40 + index, tokenizer.eos_token_id] for index in range(len(prompts))]
+        marks = [[1, 0, 0, 1, 1]] * len(prompts)
+        logprobs = [[-1.0] * 5] * len(prompts)
+        return {"prompt_ids": ids, "completion_ids": written, "logprobs": logprobs, "env_mask": marks}
+
+    trainer = make(tmp_path, policy, tokenizer, trainer={"rollout_func": write}, max_steps=1)
+    trainer.train()
+    [(inputs, loss, _)] = trainer.batches
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    means = []
+    for prompt, mask, pair in zip(
+        inputs["prompt_ids"], inputs["prompt_mask"].bool(), inputs["completion_ids"], strict=True
+    ):
+        each = [completion_logps(model, prompt[mask].tolist(), ids.tolist()) for ids in pair]
+        means.append([logps[[0, 3, 4]].mean().item() for logps in each])
+    losses = simpo_loss(*torch.tensor(means).unbind(1), beta=2.0, gamma=1.0)
+    assert loss == pytest.approx(losses.mean().item(), abs=1e-5)
+    assert logs_of(trainer)[0]["pairs/chosen_tokens"] == 3
+
+
 def test_a_random_other_is_drawn_anew_in_each_group(tmp_path, policy, tokenizer):
     def reward(prompts, **kwargs):
         return [float(index % 4) for index in range(len(prompts))]
