@@ -22,6 +22,17 @@ def test_the_gate_keeps_a_policy_from_gaming_the_ratio():
     assert found["plain"] > 0.3  # a stray word behind a right completion
 
 
+@pytest.mark.slow
+def test_simpo_of_eight_on_the_gated_ratio():
+    with models.one_thread(), models.quiet():
+        setting = gaming.make_settings()["simpo"]
+        curve = gaming.train(setting, gate=1.5, seed=0)
+    start, end = curve["gold"]
+    assert end > 0.75 > start + 0.2
+    assert curve["seconds"][0] == pytest.approx(0, abs=0.1)
+    assert curve["seconds"][1] > 1
+
+
 def test_wrong_completions_of_the_plain_world_are_wrong_and_in_its_language():
     rng = random.Random(0)
     said = set()
@@ -34,15 +45,18 @@ def test_wrong_completions_of_the_plain_world_are_wrong_and_in_its_language():
 
 
 def test_the_table(capsys):
-    found = {"label": "a setting", "start": [0.4, 0.5], "gates": {"plain": [0.2, 0.3], "gate 1.5": [0.8, 0.75]}}
-    found["attacks"] = {"nothing": {"plain": 0.5, "gated": 0.0, "highest": 3.0}}
-    gaming.print_gaming({"settings": {"dpo": found}})
-    assert capsys.readouterr().out.splitlines() == [
-        "| online DPO | start | plain | gate 1.5 |",
-        "|---|---|---|---|",
-        "| a setting | 0.45 | 0.20 0.30 | 0.80 0.75 |",
+    gates = {"plain": [0.2, 0.3], "gate 1.5": [0.8, 0.75]}
+    found = {"label": "a setting", "start": [0.4, 0.5], "seconds_per_step": 0.1234, "gates": gates}
+    other = {**found, "label": "another", "gates": {"plain": [0.4, 0.4], "gold": [0.9, 0.9]}}
+    attacks = {kind: {"plain": 0.5, "gated": 0.0, "highest": 3.0} for kind in gaming._ATTACKS}
+    gaming.print_gaming({"settings": {"dpo": found, "simpo": other}, "attacks": {"a pair": attacks}})
+    assert capsys.readouterr().out.splitlines()[:8] == [
+        "| final gold reward | start | plain | gate 1.5 | gold | seconds a step |",
+        "|---|---|---|---|---|---|",
+        "| a setting | 0.45 | 0.20 0.30 | 0.80 0.75 |  | 0.12 |",
+        "| another | 0.45 | 0.40 0.40 |  | 0.90 0.90 | 0.12 |",
         "",
-        "| worth more than a right completion: plain / gated | a setting |",
+        "| worth more than a right completion: plain / gated | a pair |",
         "|---|---|",
         "| nothing | 50% / 0% |",
     ]

@@ -62,6 +62,16 @@ def test_grpo(tmp_path):
     assert (tmp_path / "policy" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["simpo", "dpo"])
+def test_online_simpo(loss, tmp_path):
+    arguments = ["--tiny", "--max_steps", "30", "--output_dir", "policy", "--preference_loss", loss]
+    out = run("06_online_simpo.py", *arguments, cwd=tmp_path)
+    first, last = (float(word.rstrip(",;")) for word in out.splitlines()[-3].split() if word[:1] in "+-")
+    assert last > first
+    assert (tmp_path / "policy" / "model.safetensors").exists()
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")  # TRL's, see test_train
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_yaml_is_read_to_the_last_key(path, tmp_path):

@@ -88,6 +88,8 @@ def test_the_public_names():
         "Exemplar",
         "InputError",
         "ModelError",
+        "OnlinePreferenceConfig",
+        "OnlinePreferenceTrainer",
         "Score",
         "UnscorableError",
         "__version__",

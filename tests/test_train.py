@@ -1,4 +1,4 @@
-"""`trl-cdr train`: each of TRL's trainers from YAML alone, and what is refused before a model is loaded."""
+"""`trl-cdr train`: each trainer from YAML alone, and what is refused before a model is loaded."""
 
 import json
 import os
@@ -27,6 +27,7 @@ TRAINERS = {
     "grpo": {"max_completion_length": 8, "num_generations": 2},
     "rloo": {"max_completion_length": 8, "num_generations": 2},
     "online_dpo": {"max_new_tokens": 8},
+    "online_preference": {"max_completion_length": 8, "num_generations": 2, "preference_loss": "dpo"},
 }
 
 
@@ -159,7 +160,7 @@ def test_lora(name, options, run):
     [
         ({"cdr_strnog": "a"}, "unknown arguments: --cdr_strnog a"),
         ({"max_new_tokens": 8}, "unknown arguments: --max_new_tokens 8"),
-        ({"trainer": "ppo"}, "trainer is 'ppo'. Use one of: grpo, rloo, online_dpo"),
+        ({"trainer": "ppo"}, "trainer is 'ppo'. Use one of: grpo, rloo, online_dpo, online_preference"),
         ({"cdr_reduction": "max"}, "cdr_reduction is 'max'"),
         ({"num_generations": 3}, "num_generations (3)"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
@@ -191,7 +192,11 @@ def test_a_config_that_is_no_yaml(tmp_path, capsys):
 
 
 def test_help_lists_the_arguments_of_the_trainer(capsys):
-    for name, its_own in (("grpo", "--num_iterations"), ("online_dpo", "--max_new_tokens")):
+    for name, its_own in (
+        ("grpo", "--num_iterations"),
+        ("online_dpo", "--max_new_tokens"),
+        ("online_preference", "--gamma_beta_ratio"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main(["train", "--trainer", name, "--help"])
         assert stop.value.code == 0
@@ -271,7 +276,7 @@ def test_trls_own_command(name, options, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo", "online_dpo"])
+@pytest.mark.parametrize("name", ["grpo", "online_dpo", "online_preference"])
 def test_under_accelerate_launch(name, options, tmp_path):
     """Two processes, each with the pair and its share of the prompts."""
     settings = options | TRAINERS[name] | {"trainer": name}

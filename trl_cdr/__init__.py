@@ -9,7 +9,8 @@ The data's way through the package:
         v
     training.reward     CDRReward: TRL's reward-function contract        (thin)
         |               beside it: judge (TRL's judge protocol), callback (metrics, provenance),
-        |               environment (options from variables), train (a whole run)
+        |               environment (options from variables), train (a whole run),
+        |               online_preference_trainer (SimPO and DPO on the best and worst of N; selection, losses)
         |
         v
     scoring.scorer      DensityRatioScorer.score -> list[Score]          (the one entrance)
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from .training.callback import CDRCallback as CDRCallback
     from .training.environment import cdr_reward as cdr_reward
     from .training.judge import CDRJudge as CDRJudge
+    from .training.online_preference_config import OnlinePreferenceConfig as OnlinePreferenceConfig
+    from .training.online_preference_trainer import OnlinePreferenceTrainer as OnlinePreferenceTrainer
     from .training.reward import CDRReward as CDRReward
 
 __version__ = "0.1.0.dev0"
@@ -56,6 +59,8 @@ _HOMES = {
     "DomainCriteria": "conditioning.criteria",
     "Exemplar": "conditioning.criteria",
     "DensityRatioScorer": "scoring.scorer",
+    "OnlinePreferenceConfig": "training.online_preference_config",
+    "OnlinePreferenceTrainer": "training.online_preference_trainer",
     "Score": "scoring.score",
     "CDRError": "errors",
     "ConfigError": "errors",

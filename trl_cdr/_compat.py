@@ -1,14 +1,28 @@
 """The one place that asks which TRL is installed, and what its objects are called there. Importing it is cheap."""
 
+import inspect
 import platform
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from packaging.version import Version
 
 from . import __version__
+from .errors import ConfigError
 
 _PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft", "vllm")
+
+# What OnlinePreferenceTrainer takes from GRPOTrainer, as TRL 1.0 to 1.16 have it: methods and their arguments, keys
+# that a generated batch has, and keys that it may have.
+_GRPO_METHODS = {
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_log_completion_extra": ["self", "column", "values"],
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+}
+_GRPO_KEYS = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"}
+_GRPO_OTHER_KEYS = {"advantages", "num_items_in_batch", "old_per_token_logps", "sampling_per_token_logps", "tool_mask"}
 
 
 def versions() -> dict[str, str | None]:
@@ -37,6 +51,48 @@ def end_training(trainer: Any) -> None:
     end = getattr(trainer, "end", None)
     if end is not None:
         end()
+
+
+def check_grpo(trainer: type) -> None:
+    """
+    Whether `GRPOTrainer` has the methods that `OnlinePreferenceTrainer` builds on.
+
+    Args:
+        trainer (`type`): `GRPOTrainer`.
+
+    Raises:
+        ConfigError: a method is missing or takes other arguments: this TRL is not one that it was tested with.
+    """
+    for name, expected in _GRPO_METHODS.items():
+        method = getattr(trainer, name, None)
+        found = None if method is None else list(inspect.signature(method).parameters)
+        if found != expected:
+            raise _untested(f"{trainer.__name__}.{name} takes {found}, not {expected}")
+
+
+def check_generated(keys: Collection[str]) -> None:
+    """
+    Whether a batch that `GRPOTrainer` generated holds what `OnlinePreferenceTrainer` reads, and nothing that it would
+    lose.
+
+    Args:
+        keys (`Collection[str]`): The batch's.
+
+    Raises:
+        ConfigError: a key is missing or unknown.
+    """
+    missing, unknown = sorted(_GRPO_KEYS - set(keys)), sorted(set(keys) - _GRPO_KEYS - _GRPO_OTHER_KEYS)
+    if missing:
+        raise _untested(f"a generated batch lacks {', '.join(missing)}")
+    if unknown:
+        raise _untested(f"a generated batch also holds {', '.join(unknown)}, which are images if the prompts have some")
+
+
+def _untested(what: str) -> ConfigError:
+    return ConfigError(
+        f"OnlinePreferenceTrainer was tested with TRL 1.0 to 1.16 on text; in TRL {version('trl')} {what}. Install a "
+        "version that it was tested with, or use GRPOTrainer."
+    )
 
 
 def register_pairwise_judge(judge: type) -> None:

@@ -14,7 +14,7 @@ from .errors import CDRError, ConfigError
 
 _COMMANDS = {
     "demo": "build a tiny strong/weak pair and train a policy on its labels, offline, in about two minutes",
-    "train": "train a policy on the pair's labels with a trainer of TRL, from YAML or arguments",
+    "train": "train a policy on the pair's labels: GRPO, RLOO, online DPO, SimPO; from YAML or arguments",
     "score": "score a JSONL file of prompts and completions",
     "bench": "measure what scoring costs, beside the naive way",
     "doctor": "print versions, and how each model of a pair will run: what a bug report should hold",
@@ -88,7 +88,7 @@ def _bench(argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="trl-cdr bench", description=_describe("bench"))
     about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
-    about += "; gaming: policies trained on the plain and on the gated reward (half an hour)"
+    about += "; gaming: policies trained on the plain and on the gated reward (an hour)"
     choices = [*WORKLOADS, "gaming"]
     parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
     parser.add_argument("--model", choices=MODELS, default="llama-58m", help="architecture of a pair of random weights")

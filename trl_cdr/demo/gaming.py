@@ -1,16 +1,16 @@
 """Can the reward be gamed? Policies trained on the plain and on the gated ratio, judged by gold.
 
-`run_gaming` is `trl-cdr bench --workload gaming`. Each setting trains the tiny world's policy by online DPO for every
-seed and gate; what counts is the gold reward at the end, which no reward sees. Some settings are chosen because the
-plain ratio collapses there, others because it does not. Then texts that no policy should be paid for are scored beside
-right completions.
+`run_gaming` is `trl-cdr bench --workload gaming`. Each setting trains the tiny world's policy, by TRL's online DPO or
+by `OnlinePreferenceTrainer`, for every seed and gate; what counts is the gold reward at the end, which no reward sees.
+Some settings are chosen because the plain ratio collapses there, others because it does not. Then texts that no policy
+should be paid for are scored beside right completions.
 """
 
 import math
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from ..scoring.scorer import DensityRatioScorer
+from ..training.online_preference_config import OnlinePreferenceConfig
+from ..training.online_preference_trainer import OnlinePreferenceTrainer
 from ..training.reward import CDRReward, rewards_from_scores
 from . import models, world
-from .story import TINY_RUN, quiet_trl, train_policy, versions
+from .story import TINY_RUN, Reward, gold_reward, quiet_trl, train_policy, train_with, versions
 
 SEEDS = (0, 1, 2)
 GATES = (math.inf, 2.0, 1.5, 1.0)
@@ -34,13 +36,20 @@ _ATTACKS = {
     "a right completion and a stray word": "{right} cats",
 }
 
+_PAIR_LABELS = {"dpo": "DPO strong", "sft": "SFT strong", "mistakes": "common mistakes"}
+
 _PAIRS = 4000
 _NOISE = 0.15
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train: which pair scores which policy, and how hard the policy pushes."""
+    """
+    One way to train: which pair scores which policy, and how hard the policy pushes.
+
+    `batch_size` counts prompts. `pairs` are options of [`OnlinePreferenceConfig`]; without them TRL's online DPO
+    trains. None among the gates: gold itself is the reward.
+    """
 
     label: str
     strong: Path
@@ -49,6 +58,8 @@ class Setting:
     steps: int
     batch_size: int
     beta: float
+    gates: tuple[float | None, ...] = GATES
+    pairs: dict[str, Any] = field(default_factory=dict)
 
 
 def make_settings(*, cache: bool = True) -> dict[str, Setting]:
@@ -57,33 +68,50 @@ def make_settings(*, cache: bool = True) -> dict[str, Setting]:
     plain = models.build_plain(cache=cache)
     dpo = _build_dpo_strong(plain, cache=cache)
     strong, weak, policy = plain / "strong", plain / "weak", plain / "policy"
+    mild, base = mistakes.mild, mistakes.base
+    of_two = {"preference_loss": "dpo", "num_generations": 2, "learning_rate": 1e-3}
+    of_eight = {**of_two, "num_generations": 8}
+    simpo = {"num_generations": 8, "gamma": 0.5, "sft_coef": 1.0, "learning_rate": 5e-4}
+    few = (math.inf, 1.5, None)
     return {
-        "dpo": Setting("DPO strong, 2 x 16, beta 0.1, 160 steps", dpo, weak, policy, 160, 16, 0.1),
-        "sft": Setting("SFT strong, 2 x 32, beta 0.5, 120 steps", strong, weak, policy, 120, 32, 0.5),
+        "dpo": Setting("online DPO: DPO strong, 2 x 16, beta 0.1, 160 steps", dpo, weak, policy, 160, 16, 0.1),
+        "sft": Setting("online DPO: SFT strong, 2 x 32, beta 0.5, 120 steps", strong, weak, policy, 120, 32, 0.5),
         "mistakes": Setting(
-            "common mistakes, mild over base, 2 x 32, beta 0.5, 120 steps",
-            mistakes.mild,
-            mistakes.base,
-            mistakes.policy,
-            120,
-            32,
-            0.5,
+            "online DPO: common mistakes, 2 x 32, beta 0.5, 120 steps", mild, base, mistakes.policy, 120, 32, 0.5
+        ),
+        "pairs_of_two": Setting(
+            "ours, DPO: SFT strong, 2 x 32, beta 0.5, 120 steps", strong, weak, policy, 120, 32, 0.5, few, of_two
+        ),
+        "pairs_of_eight": Setting(
+            "ours, DPO: SFT strong, 8 x 32, beta 0.5, 60 steps", strong, weak, policy, 60, 32, 0.5, few, of_eight
+        ),
+        "simpo": Setting(
+            "ours, SimPO: SFT strong, 8 x 16, beta 2, 240 steps", strong, weak, policy, 240, 16, 2.0, few, simpo
         ),
     }
 
 
-def train(setting: Setting, *, gate: float, seed: int) -> dict[str, list[float]]:
-    """The policy's gold reward by step, from one run."""
-    reward = CDRReward(str(setting.strong), str(setting.weak), device="cpu", typicality=gate)
-    return train_policy(
+def train(setting: Setting, *, gate: float | None, seed: int) -> dict[str, list[float]]:
+    """One run's curve, see `train_with`: the start and the end."""
+    reward: Reward
+    if gate is None:
+        reward = gold_reward(models.build_tokenizer().eos_token_id)
+    else:
+        reward = CDRReward(str(setting.strong), str(setting.weak), device="cpu", typicality=gate)
+    common: dict[str, Any] = {"name": f"{_name(gate)}, seed {seed}", "seed": seed}
+    common |= {"steps": setting.steps, "evaluate_every": setting.steps}
+    if not setting.pairs:
+        return train_policy(setting.policy, reward, batch_size=setting.batch_size, beta=setting.beta, **common)
+    return train_with(
         setting.policy,
         reward,
-        name=f"gate {gate:g}, seed {seed}",
-        seed=seed,
-        steps=setting.steps,
-        batch_size=setting.batch_size,
-        beta=setting.beta,
-        evaluate_every=setting.steps,
+        trainer=OnlinePreferenceTrainer,
+        config=OnlinePreferenceConfig,
+        preference_beta=setting.beta,
+        per_device_train_batch_size=setting.batch_size * setting.pairs["num_generations"],
+        max_completion_length=models.MAX_NEW_TOKENS,
+        **common,
+        **setting.pairs,
     )
 
 
@@ -115,40 +143,45 @@ def measure_attacks(setting: Setting) -> dict[str, dict[str, float]]:
     return found
 
 
-def run_gaming(*, seeds: Sequence[int] = SEEDS, gates: Sequence[float] = GATES) -> dict[str, Any]:
+def run_gaming(*, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
     """
-    Train every setting with every gate and seed.
+    Train every setting with each of its gates and every seed.
 
     Returns:
-        `dict`: `settings` (for each its `label`, the gold reward at the `start`, by gate, as text, a list by seed, and
-        `attacks`), `seeds` and `versions`.
+        `dict`: `settings` (for each its `label`, the gold reward at the `start`, `seconds_per_step`, and by gate, as
+        text, a list by seed), `attacks` (by pair, see `measure_attacks`), `seeds` and `versions`.
     """
     found: dict[str, Any] = {}
     with models.one_thread(), models.quiet():
-        for name, setting in make_settings().items():
-            curves = {gate: [train(setting, gate=gate, seed=seed)["gold"] for seed in seeds] for gate in gates}
+        settings = make_settings()
+        attacks = {label: measure_attacks(settings[name]) for name, label in _PAIR_LABELS.items()}
+        for name, setting in settings.items():
+            curves = {gate: [train(setting, gate=gate, seed=seed) for seed in seeds] for gate in setting.gates}
+            seconds = [curve["seconds"][-1] / setting.steps for by_seed in curves.values() for curve in by_seed]
             found[name] = {
                 "label": setting.label,
-                "start": [curve[0] for curve in curves[gates[0]]],
-                "gates": {_name(gate): [curve[-1] for curve in by_seed] for gate, by_seed in curves.items()},
-                "attacks": measure_attacks(setting),
+                "start": [curve["gold"][0] for curve in curves[setting.gates[0]]],
+                "seconds_per_step": sum(seconds) / len(seconds),
+                "gates": {_name(gate): [curve["gold"][-1] for curve in by_seed] for gate, by_seed in curves.items()},
             }
-    return {"workload": "gaming", "settings": found, "seeds": list(seeds), "versions": versions()}
+    return {"workload": "gaming", "settings": found, "attacks": attacks, "seeds": list(seeds), "versions": versions()}
 
 
 def print_gaming(result: dict[str, Any]) -> None:
     """The result on stdout as Markdown tables: final gold reward, a number for each seed; and the attacks."""
     settings = list(result["settings"].values())
-    gates = list(settings[0]["gates"])
-    print(f"| online DPO | start | {' | '.join(gates)} |")
-    print("|---" * (len(gates) + 2) + "|")
+    gates = list(dict.fromkeys(gate for setting in settings for gate in setting["gates"]))
+    print(f"| final gold reward | start | {' | '.join(gates)} | seconds a step |")
+    print("|---" * (len(gates) + 3) + "|")
     for setting in settings:
-        cells = [" ".join(f"{gold:.2f}" for gold in golds) for golds in setting["gates"].values()]
-        print(f"| {setting['label']} | {sum(setting['start']) / len(setting['start']):.2f} | {' | '.join(cells)} |")
-    print("\n| worth more than a right completion: plain / gated | " + " | ".join(s["label"] for s in settings) + " |")
-    print("|---" * (len(settings) + 1) + "|")
-    for kind in settings[0]["attacks"]:
-        cells = [f"{s['attacks'][kind]['plain']:.0%} / {s['attacks'][kind]['gated']:.0%}" for s in settings]
+        cells = [" ".join(f"{gold:.2f}" for gold in setting["gates"].get(gate, [])) for gate in gates]
+        start = sum(setting["start"]) / len(setting["start"])
+        print(f"| {setting['label']} | {start:.2f} | {' | '.join(cells)} | {setting['seconds_per_step']:.2f} |")
+    pairs = result["attacks"]
+    print(f"\n| worth more than a right completion: plain / gated | {' | '.join(pairs)} |")
+    print("|---" * (len(pairs) + 1) + "|")
+    for kind in _ATTACKS:
+        cells = [f"{found[kind]['plain']:.0%} / {found[kind]['gated']:.0%}" for found in pairs.values()]
         print(f"| {kind} | {' | '.join(cells)} |")
 
 
@@ -156,7 +189,9 @@ def _write(form: str, task: world.Task) -> str:
     return form.format(prompt=task.prompt, right=task.right[0], word=task.right[0].split()[0])
 
 
-def _name(gate: float) -> str:
+def _name(gate: float | None) -> str:
+    if gate is None:
+        return "gold"
     return "plain" if gate == math.inf else f"gate {gate:g}"
 
 

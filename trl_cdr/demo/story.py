@@ -154,38 +154,72 @@ def train_policy(
     beta: float = 0.5,
     evaluate_every: int = EVALUATE_EVERY,
 ) -> dict[str, list[float]]:
-    """Train a copy of the policy on `reward` by online DPO.
+    """Train a copy of the policy on `reward` by TRL's online DPO.
+
+    Args:
+        steps, batch_size, beta: The trainer's; `batch_size` counts prompts.
+        others: As for `train_with`, and so is what is returned.
+    """
+    with quiet_trl():
+        from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer  # warns: not at the top
+    return train_with(
+        policy,
+        reward,
+        trainer=OnlineDPOTrainer,
+        config=OnlineDPOConfig,
+        name=f"online DPO, {name} reward",
+        seed=seed,
+        steps=steps,
+        evaluate_every=evaluate_every,
+        learning_rate=1e-3,
+        beta=beta,
+        max_new_tokens=models.MAX_NEW_TOKENS,
+        per_device_train_batch_size=batch_size,
+    )
+
+
+def train_with(
+    policy: Path,
+    reward: Reward,
+    *,
+    trainer: type,
+    config: type,
+    name: str,
+    seed: int,
+    steps: int,
+    evaluate_every: int,
+    **options: Any,
+) -> dict[str, list[float]]:
+    """Train a copy of the policy on `reward`, and measure its gold reward meanwhile.
 
     Args:
         policy (`Path`): Its checkpoint.
         reward (`Reward`): A reward function.
-        name (`str`): What the progress bar calls it.
+        trainer, config (`type`): The trainer, and the class of its arguments.
+        name (`str`): What the progress bar says.
         seed (`int`): The trainer's, and the evaluation's.
-        steps, batch_size, beta: The trainer's; `batch_size` counts prompts.
+        steps (`int`): The trainer's.
         evaluate_every (`int`): Steps between two measurements of the gold reward.
+        **options: The trainer's other arguments.
 
     Returns:
-        The curve: `steps`, and `gold`, the mean gold reward on held-out prompts after so many steps.
+        The curve: `steps`; `gold`, the mean gold reward on held-out prompts after so many steps; `seconds`, what
+        training took until then, measurements apart.
     """
     tokenizer = AutoTokenizer.from_pretrained(policy)
     with quiet_trl(), tempfile.TemporaryDirectory() as scratch, models.progress() as bars:
-        from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer  # warns: not at the top
-
-        bar = bars.add_task(f"online DPO, {name} reward", total=steps)
+        bar = bars.add_task(name, total=steps)
         evaluation = _Evaluation(tokenizer, seed=seed, every=evaluate_every, advance=partial(bars.advance, bar))
-        trainer = OnlineDPOTrainer(
+        run = trainer(
             model=AutoModelForCausalLM.from_pretrained(policy),
             reward_funcs=reward,
-            args=OnlineDPOConfig(
+            args=config(
                 output_dir=scratch,
                 seed=seed,
                 max_steps=steps,
-                learning_rate=1e-3,
-                beta=beta,
                 temperature=1.0,
-                max_new_tokens=models.MAX_NEW_TOKENS,
-                per_device_train_batch_size=batch_size,
                 **TINY_RUN,
+                **options,
             ),
             train_dataset=Dataset.from_list(
                 [{"prompt": world.conversation(task), "domain": task.domain} for task in world.TRAIN]
@@ -193,8 +227,8 @@ def train_policy(
             processing_class=tokenizer,
             callbacks=[evaluation],
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        run.remove_callback(PrinterCallback)
+        run.train()
     return evaluation.curve
 
 
@@ -222,13 +256,16 @@ class _Evaluation(TrainerCallback):  # type: ignore[misc]
     """Measure the policy's gold reward before training and every so many steps."""
 
     def __init__(self, tokenizer: Any, *, seed: int, every: int, advance: Callable[[], None]) -> None:
-        self.curve: dict[str, list[float]] = {"steps": [], "gold": []}
+        self.curve: dict[str, list[float]] = {"steps": [], "gold": [], "seconds": []}
+        self._seconds = 0.0
+        self._since = 0.0
         self._tokenizer = tokenizer
         self._seed = seed
         self._every = every
         self._advance = advance
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        self._since = time.perf_counter()
         self._measure(kwargs["model"], step=0)
 
     def on_step_end(self, _: TrainingArguments, state: TrainerState, *__: Any, **kwargs: Any) -> None:
@@ -237,11 +274,14 @@ class _Evaluation(TrainerCallback):  # type: ignore[misc]
             self._measure(kwargs["model"], step=state.global_step)
 
     def _measure(self, model: Any, *, step: int) -> None:
+        self._seconds += time.perf_counter() - self._since
         prompts = [world.conversation(task) for task in world.HELD_OUT]
         groups = models.sample(model, self._tokenizer, prompts=prompts, per_prompt=EVALUATION_SAMPLES, seed=self._seed)
         rows = [(prompt, one) for prompt, group in zip(prompts, groups, strict=True) for one in group]
         self.curve["steps"].append(step)
         self.curve["gold"].append(sum(world.gold(prompt, one.text, one.finished) for prompt, one in rows) / len(rows))
+        self.curve["seconds"].append(self._seconds)
+        self._since = time.perf_counter()
 
 
 class Clock:

@@ -1,6 +1,6 @@
-"""Parsed arguments -> a run of one of TRL's trainers on CDR labels, as TRL's own scripts make one.
+"""Parsed arguments -> a run of one of TRL's trainers, or of ours, on CDR labels, as TRL's own scripts make one.
 
-`cli` parses, `prompts` loads the data set, `reward` labels, the trainer is TRL's. Nothing of the method is here.
+`cli` parses, `prompts` loads the data set, `reward` labels, the trainer trains. Nothing of the method is here.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,21 +19,27 @@ from .callback import CDRCallback
 from .prompts import load_prompts
 from .reward import CDRReward
 
-TrainerName = Literal["grpo", "rloo", "online_dpo"]
-_HOMES = {"grpo": ("trl", "GRPO"), "rloo": ("trl", "RLOO"), "online_dpo": ("trl.experimental.online_dpo", "OnlineDPO")}
+TrainerName = Literal["grpo", "rloo", "online_dpo", "online_preference"]
+_HOMES = {
+    "grpo": ("trl", "GRPO"),
+    "rloo": ("trl", "RLOO"),
+    "online_dpo": ("trl.experimental.online_dpo", "OnlineDPO"),
+    "online_preference": ("trl_cdr", "OnlinePreference"),
+}
 
 
 @dataclass
 class TrainArguments:
     """
-    Which of TRL's trainers runs. Its config reads all other arguments, so that this one is read first.
+    Which trainer runs: one of TRL's, or `OnlinePreferenceTrainer`. Its config reads all other arguments, so that this
+    one is read first.
 
     Raises:
         ConfigError: there is no such trainer.
     """
 
     trainer: TrainerName = field(
-        default="grpo", metadata={"help": "Trainer of TRL. Its config's fields are arguments of this command."}
+        default="grpo", metadata={"help": "The trainer. Its config's fields are arguments of this command."}
     )
 
     def __post_init__(self) -> None:
@@ -42,15 +48,15 @@ class TrainArguments:
 
     @property
     def config_class(self) -> type:
-        """TRL's config class, such as `GRPOConfig`."""
-        return self._from_trl("Config")
+        """The config's class, such as `GRPOConfig`."""
+        return self._load("Config")
 
     @property
     def trainer_class(self) -> type:
-        """TRL's trainer class, such as `GRPOTrainer`."""
-        return self._from_trl("Trainer")
+        """The trainer's class, such as `GRPOTrainer`."""
+        return self._load("Trainer")
 
-    def _from_trl(self, kind: str) -> type:
+    def _load(self, kind: str) -> type:
         module, stem = _HOMES[self.trainer]
         return getattr(import_module(module), stem + kind)  # type: ignore[no-any-return]
 
@@ -87,7 +93,7 @@ def train(
     if is_evaluated and arguments.trainer == "online_dpo":
         raise ConfigError(
             f"eval_strategy is {str(training_args.eval_strategy.value)!r}, and TRL's OnlineDPOTrainer can't evaluate. "
-            "Leave it out, or pass trainer=grpo or rloo."
+            "Leave it out, or pass trainer=grpo, rloo or online_preference."
         )
     checkpoint = _find_checkpoint(training_args)
     reward = make_reward(arguments, training_args=training_args, cdr_args=cdr_args)

@@ -1,0 +1,437 @@
+"""Online SimPO and DPO on N generations: what is learnt from which pair, inherited behaviour, metrics."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset
+from oracle import completion_logps
+from tiny import chat, llama
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_cdr import CDRCallback, CDRReward, ConfigError, OnlinePreferenceConfig, OnlinePreferenceTrainer, _compat
+from trl_cdr.training.losses import dpo_loss, ipo_loss, simpo_loss
+
+pytestmark = [
+    pytest.mark.compat,
+    # TRL's configs set gradient_checkpointing, which transformers 5 renamed; drop when TRL follows
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),
+]
+WORDS = ["hello", "what is this", "the quick brown fox", "a lazy dog"]
+COMMON = {
+    "max_completion_length": 8,
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "max_steps": 2,
+    "learning_rate": 1e-3,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
+TRLS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"}
+OURS = {"used", "ties", "missing", "below_margin", "margin", "chosen_tokens", "rejected_tokens"}
+
+
+def length(prompts, completions, completion_ids, **kwargs):
+    """Longer is better; equal lengths are told apart by their tokens, so that nothing ties."""
+    return [len(ids) + sum(ids) / 1e4 for ids in completion_ids]
+
+
+class Recorder(OnlinePreferenceTrainer):
+    """Keeps what each micro-batch was and what it cost."""
+
+    batches = ()
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        weights = {name: weight.detach().clone() for name, weight in self.model.state_dict().items()}
+        self.batches = [*self.batches, (inputs, loss.item(), weights)]
+        return loss
+
+
+def make(tmp_path, policy, tokenizer, reward=length, *, kind=Recorder, prompts=WORDS * 4, trainer=None, **options):
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    data = Dataset.from_dict({"prompt": [chat(prompt) for prompt in prompts]})
+    args = OnlinePreferenceConfig(str(tmp_path), **{**COMMON, **options})
+    kwargs = {"processing_class": tokenizer, "train_dataset": data, "eval_dataset": data} | (trainer or {})
+    return kind(model, reward, args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory, tokenizer):
+    """The folder of a policy that ends some of its completions and runs into the limit with others."""
+    folder = str(tmp_path_factory.mktemp("policy") / "policy")
+    model = llama(len(tokenizer), seed=2)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 2
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def logs_of(trainer, key="loss"):
+    return [entry for entry in trainer.state.log_history if key in entry]
+
+
+def pair_logps(model, inputs):
+    """Summed log-probabilities (P, 2) and counts (P, 2), each completion run on its own."""
+    found = []
+    for prompt, prompt_mask, pair, pair_mask in zip(
+        *(inputs[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "loss_mask")), strict=True
+    ):
+        prompt = prompt[prompt_mask.bool()].tolist()
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(pair, pair_mask, strict=True)]
+        found.append([(completion_logps(model, prompt, ids).sum().item(), len(ids)) for ids in rows])
+    found = torch.tensor(found)
+    return found[..., 0], found[..., 1]
+
+
+@pytest.mark.parametrize("loss", ["simpo", "dpo", "ipo"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_loss_is_that_of_the_best_and_the_worst(loss, temperature, tmp_path, policy, tokenizer):
+    """Against each completion run on its own, with the policy as it was at that step; sampling's temperature is not the
+    loss's."""
+    options = {"preference_loss": loss, "preference_beta": 0.7, "sft_coef": 0.3, "temperature": temperature}
+    seen = []
+
+    def reward(completion_ids, **kwargs):
+        seen.append((completion_ids, rewards := length(None, None, completion_ids)))
+        return rewards
+
+    trainer = make(tmp_path, policy, tokenizer, reward, **options)
+    trainer.train()
+    model, reference = (AutoModelForCausalLM.from_pretrained(policy).eval() for _ in range(2))
+    assert len(trainer.batches) == len(seen) == 2
+    for (inputs, found, weights), (ids, rewards), log in zip(trainer.batches, seen, logs_of(trainer), strict=True):
+        pairs = set()
+        for start in (0, 4):
+            group = range(start, start + 4)
+            pairs.add(tuple(tuple(ids[of(group, key=rewards.__getitem__)]) for of in (max, min)))
+        masks = inputs["loss_mask"].bool()
+        assert pairs == {
+            tuple(tuple(row[mask].tolist()) for row, mask in zip(pair, mask, strict=True))
+            for pair, mask in zip(inputs["completion_ids"], masks, strict=True)
+        }
+        model.load_state_dict(weights)
+        sums, counts = pair_logps(model, inputs)
+        ref_sums, _ = pair_logps(reference, inputs)
+        means = sums / counts
+        if loss == "simpo":
+            losses, shown = simpo_loss(*means.unbind(1), beta=0.7, gamma=0.35), 0.7 * means
+        else:
+            divisor = counts if loss == "ipo" else 1
+            names = ("ref_chosen_logps", "ref_rejected_logps")
+            kwargs = dict(zip(names, (ref_sums / divisor).unbind(1), strict=True))
+            losses = (ipo_loss if loss == "ipo" else dpo_loss)(*(sums / divisor).unbind(1), **kwargs, beta=0.7)
+            shown = 0.7 * (sums - ref_sums)
+        assert found == pytest.approx((losses - 0.3 * means[:, 0]).mean().item(), abs=1e-5)
+        assert log["rewards/chosen"] == pytest.approx(shown[:, 0].mean().item(), abs=1e-4)
+        assert log["rewards/margins"] == pytest.approx((shown[:, 0] - shown[:, 1]).mean().item(), abs=1e-4)
+        logps = means if loss == "simpo" else sums
+        assert log["logps/rejected"] == pytest.approx(logps[:, 1].mean().item(), abs=1e-4)
+        assert log["pairs/chosen_tokens"] == counts[:, 0].mean().item()
+
+
+def test_metrics(tmp_path, policy, tokenizer, checkpoints):
+    """Ours beside TRL's and the reward's, in the log and in evaluation."""
+    reward = CDRReward(checkpoints["strong"], checkpoints["weak"], typicality=math.inf)
+    trainer = make(tmp_path, policy, tokenizer, reward, num_generations_eval=2)
+    trainer.add_callback(CDRCallback(reward, trainer))
+    trainer.train()
+    found = trainer.evaluate()
+    expected = TRLS | {f"pairs/{name}" for name in OURS} | {"rewards/cdr_reward/mean", "reward", "cdr/log_ratio_std"}
+    for log in logs_of(trainer):
+        assert expected <= set(log)
+        assert sum(log[f"pairs/{name}"] for name in ("used", "ties", "missing", "below_margin")) == pytest.approx(1)
+        assert log["pairs/margin"] > 0
+        assert all(math.isfinite(log[name]) for name in expected)
+    assert "eval_loss" in found
+    assert {f"eval_{name}" for name in expected} <= set(logs_of(trainer, "eval_loss")[0])
+
+
+def test_what_teaches_nothing(tmp_path, policy, tokenizer):
+    """Groups that tie, are silent or too close have weight 0, and shapes stay."""
+
+    def reward(prompts, **kwargs):
+        kinds = {
+            "hello": [1.0, 1.0, 1.0, 1.0],
+            "what is this": [None] * 4,
+            "the quick brown fox": [0.0, 0.1, 0.05, 0.0],
+            "a lazy dog": [0.0, None, 2.0, 1.0],
+        }
+        return [kinds[prompt[-1]["content"]][index % 4] for index, prompt in enumerate(prompts)]
+
+    options = {"per_device_train_batch_size": 16, "min_margin": 0.2, "max_steps": 1}
+    trainer = make(tmp_path, policy, tokenizer, reward, prompts=WORDS, **options)
+    trainer.train()
+    [(inputs, loss, _)] = trainer.batches
+    assert inputs["completion_ids"].shape[:2] == (4, 2)
+    assert sorted(inputs["weights"].tolist()) == [0, 0, 0, 1]
+    [log] = logs_of(trainer)
+    assert {name: log[f"pairs/{name}"] for name in ("used", "ties", "missing", "below_margin")} == dict.fromkeys(
+        ("used", "ties", "missing", "below_margin"), 0.25
+    )
+    assert log["pairs/margin"] == 2
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    sums, counts = pair_logps(model, inputs)
+    losses = simpo_loss(*(sums / counts).unbind(1), beta=2.0, gamma=1.0)
+    assert loss == pytest.approx((losses * inputs["weights"]).sum().item() / 4, abs=1e-5)  # over all pairs
+
+
+@pytest.mark.parametrize("value", [None, 1.0])
+@pytest.mark.parametrize("strategy", ["best_worst", "best_random"])
+def test_training_goes_on_without_a_pair(value, strategy, tmp_path, policy, tokenizer):
+    before = AutoModelForCausalLM.from_pretrained(policy).state_dict()
+    trainer = make(
+        tmp_path, policy, tokenizer, lambda prompts, **kwargs: [value] * len(prompts), pair_strategy=strategy
+    )
+    trainer.train()
+    assert all(torch.equal(before[name], weight) for name, weight in trainer.model.state_dict().items())
+    for log in logs_of(trainer):
+        assert log["loss"] == log["pairs/used"] == 0
+        assert log["pairs/ties" if value else "pairs/missing"] == 1
+        assert log["rewards/margins"] is None  # no mean of nothing
+
+
+def test_several_rewards_with_weights(tmp_path, policy, tokenizer):
+    def shortness(completion_ids, **kwargs):
+        return [-float(len(ids)) for ids in completion_ids]
+
+    def first(completion_ids, **kwargs):
+        return [ids[0] / 1e4 for ids in completion_ids]
+
+    options = {"reward_weights": [1.0, 3.0, 0.0], "per_device_train_batch_size": 32}
+    trainer = make(tmp_path, policy, tokenizer, [length, shortness, first], **options)
+    trainer.train()
+    assert all(log["pairs/chosen_tokens"] < log["pairs/rejected_tokens"] for log in logs_of(trainer))
+
+
+def test_what_others_wrote_is_not_learnt(tmp_path, policy, tokenizer):
+    """A rollout marks the tokens of tools or an environment: read as context, and no part of the loss."""
+
+    def write(prompts, trainer):
+        ids = tokenizer([prompt[-1]["content"] for prompt in prompts]).input_ids
+        written = [[20 + index, 30, 31, 40 + index, tokenizer.eos_token_id] for index in range(len(prompts))]
+        marks = [[1, 0, 0, 1, 1]] * len(prompts)
+        logprobs = [[-1.0] * 5] * len(prompts)
+        return {"prompt_ids": ids, "completion_ids": written, "logprobs": logprobs, "env_mask": marks}
+
+    trainer = make(tmp_path, policy, tokenizer, trainer={"rollout_func": write}, max_steps=1)
+    trainer.train()
+    [(inputs, loss, _)] = trainer.batches
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    means = []
+    for prompt, mask, pair in zip(
+        inputs["prompt_ids"], inputs["prompt_mask"].bool(), inputs["completion_ids"], strict=True
+    ):
+        each = [completion_logps(model, prompt[mask].tolist(), ids.tolist()) for ids in pair]
+        means.append([logps[[0, 3, 4]].mean().item() for logps in each])
+    losses = simpo_loss(*torch.tensor(means).unbind(1), beta=2.0, gamma=1.0)
+    assert loss == pytest.approx(losses.mean().item(), abs=1e-5)
+    assert logs_of(trainer)[0]["pairs/chosen_tokens"] == 3
+
+
+def test_a_random_other_is_drawn_anew_in_each_group(tmp_path, policy, tokenizer):
+    def reward(prompts, **kwargs):
+        return [float(index % 4) for index in range(len(prompts))]
+
+    options = {"per_device_train_batch_size": 64, "max_steps": 1, "pair_strategy": "best_random"}
+    margins = []
+    for seed in (0, 0, 1):
+        trainer = make(tmp_path, policy, tokenizer, reward, seed=seed, **options)
+        trainer.train()
+        margins.append(logs_of(trainer)[0]["pairs/margin"])
+    assert margins[0] == margins[1] != margins[2]
+    assert 1.2 < margins[0] < 2.8  # of 1, 2 and 3, evenly; always the worst would be 3
+
+
+@pytest.mark.parametrize("loss", ["simpo", "dpo"])
+def test_accumulating_gradients(loss, tmp_path, policy, tokenizer):
+    """Four times two pairs, or two times four, are eight; some have weight 0."""
+
+    def reward(completion_ids, **kwargs):
+        rewards = length(None, None, completion_ids)
+        return [0.0 if index // 4 % 3 == 0 else reward for index, reward in enumerate(rewards)]
+
+    ends = []
+    for accumulated in (1, 2, 4):
+        trainer = make(
+            tmp_path,
+            policy,
+            tokenizer,
+            reward,
+            preference_loss=loss,
+            per_device_train_batch_size=32 // accumulated,
+            gradient_accumulation_steps=accumulated,
+            optim="sgd",  # Adam hides a wrong scale
+            learning_rate=0.05,
+        )
+        trainer.train()
+        [first, _] = logs_of(trainer)
+        ends.append((first["loss"], first["grad_norm"], trainer.model.state_dict()))
+    before = AutoModelForCausalLM.from_pretrained(policy).state_dict()
+    assert any((before[name] - weight).abs().max() > 1e-3 for name, weight in ends[0][2].items())
+    for loss, norm, weights in ends[1:]:
+        assert loss == pytest.approx(ends[0][0], abs=1e-4)  # transformers rounds it
+        assert norm == pytest.approx(ends[0][1], rel=1e-4)
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, ends[0][2][name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_.*able. is deprecated:FutureWarning")  # TRL's calls
+def test_gradient_checkpointing_changes_nothing(tmp_path, policy, tokenizer):
+    weights = []
+    for is_on in (False, True):
+        trainer = make(tmp_path, policy, tokenizer, gradient_checkpointing=is_on, preference_loss="dpo")
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["simpo", "dpo"])
+def test_peft(loss, tmp_path, policy, tokenizer):
+    """The reference is the model without its adapter, or an earlier adapter's copy."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    options = {"preference_loss": loss, "learning_rate": 1e-2, "max_steps": 3}
+    trainer = make(tmp_path, policy, tokenizer, trainer={"peft_config": config}, **options)
+    trainer.train()
+    assert trainer.ref_model is None
+    before = AutoModelForCausalLM.from_pretrained(policy).state_dict()
+    kept = trainer.model.unload().state_dict()
+    assert all(torch.equal(before[name], kept[name]) for name in before)
+    if loss == "dpo":
+        first, _, last = (log["rewards/margins"] for log in logs_of(trainer))
+        assert first == pytest.approx(0, abs=1e-5)
+        assert abs(last) > 1e-4
+
+
+def test_an_adapter_that_was_trained_before_is_its_own_reference(tmp_path, policy, tokenizer):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(policy), config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    data = Dataset.from_dict({"prompt": [chat(word) for word in WORDS * 4]})
+    args = OnlinePreferenceConfig(str(tmp_path), **{**COMMON, "preference_loss": "dpo", "learning_rate": 1e-2})
+    trainer = OnlinePreferenceTrainer(model, length, args, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    first, second = (log["rewards/margins"] for log in logs_of(trainer))
+    assert first == pytest.approx(0, abs=1e-5)
+    assert abs(second) > 1e-4
+    assert all("default" in name for name, weight in model.named_parameters() if weight.requires_grad)
+
+
+def test_the_completions_table_shows_the_pairs(tmp_path, policy, tokenizer, capsys):
+    make(tmp_path, policy, tokenizer, log_completions=True, max_steps=1).train()
+    [file] = (tmp_path / "completions").iterdir()
+    rows = pq.read_table(file).to_pylist()
+    assert [row["pair"] for row in rows].count("") == 4
+    for group in (rows[:4], rows[4:]):
+        by_reward = sorted(group, key=lambda row: row["length"])
+        assert (by_reward[0]["pair"], by_reward[-1]["pair"]) == ("rejected", "chosen")
+    assert "Step 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("loss", "strategy"), [("simpo", "best_random"), ("dpo", "best_worst")])
+def test_a_resumed_run_equals_an_uninterrupted_one(loss, strategy, tmp_path, policy, tokenizer, checkpoints):
+    def run(folder, resume=None):
+        reward = CDRReward(checkpoints["strong"], checkpoints["weak"], typicality=math.inf)
+        options = {"preference_loss": loss, "pair_strategy": strategy, "save_strategy": "steps", "save_steps": 2}
+        trainer = make(folder, policy, tokenizer, reward, kind=OnlinePreferenceTrainer, max_steps=4, **options)
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        return trainer.model.state_dict()
+
+    whole = run(tmp_path / "whole")
+    for found in (run(tmp_path / "again"), run(tmp_path / "resumed", tmp_path / "whole" / "checkpoint-2")):
+        assert all(torch.equal(weight, found[name]) for name, weight in whole.items())
+
+
+def test_evaluation_during_training(tmp_path, policy, tokenizer):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+    trainer = make(tmp_path, policy, tokenizer, **options)
+    trainer.train()
+    evaluations = logs_of(trainer, "eval_loss")
+    assert len(evaluations) == 2
+    assert all(log["eval_pairs/margin"] > 0 for log in evaluations)
+    assert all("eval_rewards/length/mean" in log for log in evaluations)
+    steps = [entry["step"] for entry in logs_of(trainer)]
+    assert steps == [1, 2]  # evaluation's metrics are not training's
+    assert not any(name.startswith("eval_") for log in logs_of(trainer) for name in log)
+
+
+def test_what_the_trainer_refuses(tmp_path, policy, tokenizer):
+    with pytest.raises(ConfigError, match="args is a GRPOConfig. Pass an OnlinePreferenceConfig"):
+        OnlinePreferenceTrainer(policy, length, GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+    trainer = make(tmp_path, policy, tokenizer, per_device_eval_batch_size=6)
+    with pytest.raises(ConfigError, match="per_device_eval_batch_size is 6, and a group has 4 completions"):
+        trainer.evaluate()
+
+
+def test_a_trl_that_it_was_not_tested_with_is_refused():
+    _compat.check_grpo(GRPOTrainer)
+
+    class Renamed(GRPOTrainer):
+        _calculate_rewards = None
+
+    class Longer(GRPOTrainer):
+        def compute_loss(self, model, inputs):
+            raise NotImplementedError
+
+    with pytest.raises(ConfigError, match=r"tested with TRL 1.0 to 1.16 .* Renamed._calculate_rewards takes None"):
+        _compat.check_grpo(Renamed)
+    with pytest.raises(ConfigError, match=r"Longer.compute_loss takes \['self', 'model', 'inputs'\], not"):
+        _compat.check_grpo(Longer)
+
+
+def test_a_batch_of_another_shape_is_refused(tmp_path, policy, tokenizer):
+    batch = ["prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"]
+    _compat.check_generated(batch)
+    with pytest.raises(ConfigError, match="a generated batch lacks prompt_mask"):
+        _compat.check_generated([name for name in batch if name != "prompt_mask"])
+    with pytest.raises(ConfigError, match="also holds pixel_values, which are images"):
+        _compat.check_generated([*batch, "pixel_values"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["best_worst", "best_random"])
+def test_two_processes_are_one_with_twice_the_batch(strategy, tmp_path, policy):
+    """The same completions: sampling differs by process. Losses and weights agree to float tolerance."""
+    script = Path(__file__).parent / "two_ranks.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    found = []
+    for processes, batch in ((1, 16), (2, 8)):
+        out = tmp_path / f"{processes}.pt"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [
+            sys.executable,
+            *(launch if processes > 1 else []),
+            str(script),
+            policy,
+            str(out),
+            strategy,
+            str(batch),
+        ]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-4000:]
+        found.append(torch.load(out))
+    one, two = found
+    assert one["processes"] == 1
+    assert two["processes"] == 2
+    for left, right in zip(one["logs"], two["logs"], strict=True):
+        for name, value in left.items():
+            assert right[name] == pytest.approx(value, abs=2e-4, rel=1e-4), name
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(weight, two["weights"][name], rtol=0, atol=1e-5)

@@ -1,0 +1,73 @@
+"""A run with completions that are a function of their prompt alone, for `test_online_preference_trainer`.
+
+python two_ranks.py POLICY OUT STRATEGY BATCH_SIZE, by itself or under torch.distributed.run.
+"""
+
+import os
+import sys
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "CI": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+
+import random
+import tempfile
+from collections import Counter
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_cdr import OnlinePreferenceConfig, OnlinePreferenceTrainer
+
+policy, out, strategy, batch_size = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(policy)
+
+
+def write(prompts, trainer):
+    """The nth completion to a prompt is the same in every run."""
+    written, seen = [], Counter()
+    for prompt in prompts:
+        rng = random.Random(f"{prompt} {seen[prompt]}")
+        seen[prompt] += 1
+        written.append([rng.randrange(10, 200) for _ in range(rng.randrange(1, 9))] + [tokenizer.eos_token_id])
+    return {"prompt_ids": tokenizer(prompts).input_ids, "completion_ids": written, "logprobs": None}
+
+
+def reward(prompts, completion_ids, **kwargs):
+    """No ties, but nothing to learn at every fourth prompt."""
+    scores = [sum(ids) % 97 + len(ids) / 100 for ids in completion_ids]
+    return [0.0 if len(prompt) % 4 == 0 else score for prompt, score in zip(prompts, scores, strict=True)]
+
+
+args = OnlinePreferenceConfig(
+    tempfile.mkdtemp(),
+    preference_loss="dpo",
+    pair_strategy=strategy,
+    num_generations=4,
+    per_device_train_batch_size=int(batch_size),
+    max_steps=3,
+    learning_rate=0.05,
+    optim="sgd",
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    report_to="none",
+    save_strategy="no",
+    logging_steps=1,
+    disable_tqdm=True,
+)
+trainer = OnlinePreferenceTrainer(
+    AutoModelForCausalLM.from_pretrained(policy),
+    reward,
+    args,
+    train_dataset=Dataset.from_dict({"prompt": ["word " * (number + 1) for number in range(24)]}),
+    processing_class=tokenizer,
+    rollout_func=write,
+)
+trainer.train()
+names = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "pairs/used", "pairs/margin")
+logs = [{name: log[name] for name in names} for log in trainer.state.log_history if "loss" in log]
+if trainer.accelerator.is_main_process:
+    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    torch.save({"processes": trainer.accelerator.num_processes, "logs": logs, "weights": weights}, out)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()

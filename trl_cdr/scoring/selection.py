@@ -1,0 +1,96 @@
+"""A group's rewards -> its chosen and its rejected completion. Pure: knows no model, no trainer, and where rewards come
+from does not matter.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+PairStrategy = Literal["best_worst", "best_random"]
+Skipped = Literal["tie", "missing", "min_margin"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    Two completions of one group.
+
+    Attributes:
+        chosen, rejected (`int`): Indices into the group; never the same.
+        margin (`float`): Reward of the chosen minus reward of the rejected; NaN where either is missing.
+        skipped (`Skipped` or `None`): Why nothing is to be learnt from the pair, or None.
+    """
+
+    chosen: int
+    rejected: int
+    margin: float
+    skipped: Skipped | None
+
+    @property
+    def weight(self) -> float:
+        """The pair's weight in a loss: 1, or 0 where it is skipped."""
+        return 0.0 if self.skipped else 1.0
+
+
+def combine_rewards(rewards: Tensor, weights: Tensor, *, num_generations: int) -> Tensor:
+    """
+    Several reward functions' values -> one reward for each completion, comparable within its group.
+
+    A function that says nothing about a whole group (a reward for mathematics, at a question of taste) is left out
+    there. One that says nothing about some completions of a group makes these missing: a sum over the other functions
+    could not be compared with its neighbours', and 0 in its place would often win against honest negative rewards.
+
+    Args:
+        rewards (`Tensor` of shape (B, F)): Value of each function; what is not finite is missing. A group's rows follow
+            one another.
+        weights (`Tensor` of shape (F,)): Weight of each function; with 0 it is not even looked at.
+        num_generations (`int`): Completions of a group; a divisor of B.
+
+    Returns:
+        `Tensor` of shape (B,), float64: weighted sums, NaN where a reward is missing.
+    """
+    used = weights != 0
+    grouped = rewards.double()[:, used].view(-1, num_generations, int(used.sum()))  # (B / G, G, F)
+    missing = ~grouped.isfinite()
+    silent = missing.all(dim=1, keepdim=True)  # (B / G, 1, F)
+    sums = (grouped.masked_fill(missing, 0.0) * weights.double()[used]).sum(dim=2)
+    incomplete = (missing & ~silent).any(dim=2) | silent.all(dim=2)
+    combined: Tensor = sums.masked_fill(incomplete, math.nan).flatten()
+    return combined
+
+
+def select_pair(
+    rewards: Sequence[float], *, strategy: PairStrategy, rng: random.Random, min_margin: float = 0.0
+) -> Pair:
+    """
+    Choose the pair of a group.
+
+    Args:
+        rewards (`Sequence[float]`): One for each completion, at least two; what is not finite is missing.
+        strategy (`PairStrategy`): `"best_worst"`: the lowest reward is rejected. `"best_random"`: one of the others,
+            drawn evenly, as in the paper (arXiv 2411.02481). Of equal rewards the first counts as best and as worst.
+        rng (`random.Random`): What `"best_random"` draws from: the caller's own, so that no global state moves.
+        min_margin (`float`, *optional*, defaults to 0): Pairs of a smaller margin are skipped, in the reward's unit.
+
+    Returns:
+        `Pair`: its `skipped` is `"missing"` where fewer than two rewards are there, `"tie"` where both are equal,
+        `"min_margin"` where they are too close.
+    """
+    assert len(rewards) >= 2, rewards
+    scored = [index for index, reward in enumerate(rewards) if math.isfinite(reward)]
+    if len(scored) < 2:
+        return Pair(chosen=0, rejected=1, margin=math.nan, skipped="missing")
+    chosen = max(scored, key=rewards.__getitem__)
+    others = [index for index in scored if index != chosen]
+    rejected = min(others, key=rewards.__getitem__) if strategy == "best_worst" else rng.choice(others)
+    margin = rewards[chosen] - rewards[rejected]
+    skipped: Skipped | None = None
+    if margin == 0:
+        skipped = "tie"
+    elif margin < min_margin:
+        skipped = "min_margin"
+    return Pair(chosen=chosen, rejected=rejected, margin=margin, skipped=skipped)
