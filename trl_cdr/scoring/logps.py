@@ -11,9 +11,11 @@ Reduce = Callable[[Tensor, Tensor], Tensor]  # (n, V) logits and their (n,) targ
 # Logits that exist at one time. 2**23 float32 values are 32 MiB, and as much again inside the log_softmax. Larger
 # chunks were no faster on a CPU, and neither was torch's own chunked linear_cross_entropy.
 LOGITS_PER_CHUNK = 2**23
+# A CPU reduces a chunk in blocks of 2 MiB, which stay in its caches: the statistics take a fifth of the time.
+_CACHED_LOGITS = 2**19
 
-# exp of less is 0 in float32, so that it adds nothing to an expectation; the logarithm itself may be -inf.
-_LEAST_LOGP = -150.0
+# exp of less is 0 in float32, so that it adds nothing to an expectation; the logit itself may be -inf.
+_LEAST_LOGIT = -150.0
 # Standard deviations below so many roundings of the log-probabilities that they are computed from are rounding too.
 _ROUNDINGS = 16
 
@@ -38,7 +40,8 @@ def token_statistics(logits: Tensor, targets: Tensor) -> Tensor:
 
     With q the distribution at a position: entropy `H = -sum_v q_v log q_v`, and the standard deviation `s` of
     `-log q_v` under q, from the centred square `sum_v q_v (log q_v + H)^2`. (The difference of two large means would be
-    rounding for near-uniform and saturated positions.) Where s is below what float32 resolves it is 0.
+    rounding for near-uniform and saturated positions.) Where s is below what float32 resolves it is 0. As log q is x
+    minus a constant, with x the logits, both come from the mean of x under q.
 
     Args:
         logits (`Tensor` of shape (N, V)): Any floating type.
@@ -47,14 +50,17 @@ def token_statistics(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         `Tensor` of shape (N, 3), float32, nats: the target's log-probability, H, s.
     """
-    logps = torch.log_softmax(logits.float(), dim=-1)  # (N, V)
-    target_logps = logps.gather(1, targets[:, None])[:, 0]  # (N,)
-    logps.clamp_(min=_LEAST_LOGP)
-    probabilities = logps.exp()  # (N, V)
-    entropies = -torch.linalg.vecdot(probabilities, logps)  # (N,)
-    spreads = torch.linalg.vecdot(probabilities, logps.add_(entropies[:, None]).square_()).sqrt()  # (N,)
+    logits = logits.float()
+    top = logits.amax(dim=-1, keepdim=True)  # (N, 1)
+    shifted = (logits - top).clamp_(min=_LEAST_LOGIT)  # (N, V)
+    probabilities = shifted.softmax(dim=-1)  # (N, V)
+    log_sum = -probabilities.amax(dim=-1).log()  # (N,) of exp(logits - top)
+    means = torch.linalg.vecdot(probabilities, shifted)  # (N,)
+    spreads = torch.linalg.vecdot(probabilities, shifted.sub_(means[:, None]).square_()).sqrt()  # (N,)
+    entropies = log_sum - means  # (N,)
     resolution = _ROUNDINGS * torch.finfo(torch.float32).eps * (1 + entropies)
-    return torch.stack([target_logps, entropies, spreads.where(spreads > resolution, 0)], dim=1)
+    # To the bit what the other model of a pair gives: equal models have the ratio 0.
+    return torch.stack([token_logps(logits, targets), entropies, spreads.where(spreads > resolution, 0)], dim=1)
 
 
 def head_logps(hidden: Tensor, targets: Tensor, head: Head, *, vocab_size: int, reduce: Reduce = token_logps) -> Tensor:
@@ -74,5 +80,10 @@ def head_logps(hidden: Tensor, targets: Tensor, head: Head, *, vocab_size: int, 
         `Tensor` of shape (N,), float32, nats; (N, 3) with `token_statistics`.
     """
     step = max(1, LOGITS_PER_CHUNK // vocab_size)
-    starts = range(0, len(targets), step) or [0]  # without targets one empty chunk, which has the right shape
-    return torch.cat([reduce(head(hidden[start : start + step]), targets[start : start + step]) for start in starts])
+    block = max(1, _CACHED_LOGITS // vocab_size) if hidden.device.type == "cpu" else step
+    pieces = []
+    for start in range(0, len(targets), step) or [0]:  # without targets one empty chunk, which has the right shape
+        logits = head(hidden[start : start + step])  # (n, V)
+        blocks = zip(torch.split(logits, block), torch.split(targets[start : start + step], block), strict=True)
+        pieces += [reduce(*each) for each in blocks]
+    return torch.cat(pieces)
