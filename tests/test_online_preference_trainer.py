@@ -243,6 +243,22 @@ def test_what_others_wrote_is_not_learnt(tmp_path, policy, tokenizer):
     assert logs_of(trainer)[0]["pairs/chosen_tokens"] == 3
 
 
+def test_a_completion_without_a_token_of_its_own_makes_no_pair(tmp_path, policy, tokenizer):
+    def write(prompts, trainer):
+        ids = tokenizer([prompt[-1]["content"] for prompt in prompts]).input_ids
+        written = [[20 + index, tokenizer.eos_token_id] for index in range(len(prompts))]
+        marks = [[int(index > 0)] * 2 for index in range(len(prompts))]  # the first, worst of its group
+        logprobs = [[-1.0] * 2] * len(prompts)
+        return {"prompt_ids": ids, "completion_ids": written, "logprobs": logprobs, "env_mask": marks}
+
+    trainer = make(tmp_path, policy, tokenizer, trainer={"rollout_func": write}, max_steps=1)
+    trainer.train()
+    [log] = logs_of(trainer)
+    assert log["pairs/missing"] == log["pairs/used"] == 0.5
+    assert math.isfinite(log["loss"])
+    assert log["pairs/rejected_tokens"] == 2
+
+
 def test_a_random_other_is_drawn_anew_in_each_group(tmp_path, policy, tokenizer):
     def reward(prompts, **kwargs):
         return [float(index % 4) for index in range(len(prompts))]
