@@ -26,8 +26,11 @@ scorer = DensityRatioScorer(args.strong, args.weak)
 prompts = [[{"role": "user", "content": question}]] * len(completions)
 scores = scorer.score(prompts, completions)
 
-print(f"{question}\n{'log-ratio':>10}{'strong':>9}{'weak':>9}{'tokens':>8}")
+# A ratio is not to be trusted where the strong model does not find the text typical: such a completion is gated.
+print(f"{question}\n{'log-ratio':>10}{'strong':>9}{'weak':>9}{'tokens':>8}{'gated':>8}")
 for completion, score in zip(completions, scores, strict=True):
-    print(f"{score.value:>+10.2f}{score.strong_logps:>9.2f}{score.weak_logps:>9.2f}{score.n_tokens:>8}  {completion}")
-best = max(range(len(scores)), key=lambda index: scores[index].value)
+    numbers = f"{score.value:>+10.2f}{score.strong_logps:>9.2f}{score.weak_logps:>9.2f}{score.n_tokens:>8}"
+    print(f"{numbers}{'yes' if score.gated else 'no':>8}  {completion}")
+trusted = [index for index, score in enumerate(scores) if not score.gated]
+best = max(trusted, key=lambda index: scores[index].value)
 print(f"preferred: {completions[best]}")

@@ -16,6 +16,10 @@ def _demo_cache(tmp_path_factory):
     os.environ.setdefault("TRL_CDR_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--demo_output", help="output folder of a `trl-cdr demo` that has run; else the test runs one")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return byte_tokenizer()

@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from tiny import chat, llama
+from tiny import TRAINING, chat, llama
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
@@ -20,14 +20,10 @@ pytestmark = [
 COMMON = {
     "per_device_train_batch_size": 4,
     "max_steps": 4,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
+    **TRAINING,
     "save_strategy": "steps",
     "save_steps": 2,
     "logging_steps": 2,
-    "disable_tqdm": True,
 }
 CRITERIA = Criteria({"quick": DomainCriteria("be quick"), "plain": DomainCriteria()})
 METRICS = {"strong_logps", "weak_logps", "log_ratio_std", "tokens", "truncated", "unscorable", "seconds", "gated"}
@@ -164,6 +160,14 @@ def test_what_it_refuses(tmp_path, reward, checkpoints, tokenizer):
     trainer, _ = make("grpo", tmp_path, reward, tokenizer)
     trainer.add_callback(CDRCallback(other, trainer))
     with pytest.raises(ConfigError, match="the trainer does not use cdr_reward"):
+        trainer.train()
+
+
+def test_two_rewards_of_one_name_are_refused(tmp_path, reward, checkpoints, tokenizer):
+    other = CDRReward(checkpoints["strong"], checkpoints["weak"])
+    trainer, _ = make("grpo", tmp_path, [reward, other], tokenizer)
+    trainer.add_callback(CDRCallback(reward, trainer))
+    with pytest.raises(ConfigError, match="2 of the trainer's rewards are called cdr_reward"):
         trainer.train()
 
 

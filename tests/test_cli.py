@@ -99,6 +99,20 @@ def test_scores_of_different_runs_do_not_mix(arguments, tmp_path, capsys):
     assert "holds the scores of another input" in fails(capsys, arguments)
 
 
+def test_score_under_criteria(arguments, tmp_path, checkpoints, capsys):
+    criteria = tmp_path / "criteria.toml"
+    criteria.write_text('[quick]\ninstruction = "be quick"\n[plain]\n')
+    rows = [{"prompt": chat("hello"), "completion": "world", "kind": kind} for kind in ("quick", "plain")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments += ["--cdr_criteria", str(criteria), "--cdr_router", "column:kind"]
+    main(arguments)
+    quick, plain = (row["score"] for row in read(tmp_path))
+    assert (quick["domain"], plain["domain"]) == ("quick", "plain")
+    assert quick["value"] != plain["value"]
+    criteria.write_text('[quick]\ninstruction = "be slow"\n[plain]\n')
+    assert "holds scores with criteria_sha256=" in fails(capsys, arguments)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -154,7 +168,7 @@ def test_bench_prints_ours_beside_the_other_ways(checkpoints, capsys, monkeypatc
     assert alone["tokens"]["unique"] == 64 + 64 - 1
     for case in result["cases"]:
         assert case["max_difference"] < 1e-4
-        assert set(case["seconds"]) == {"ours", "cold", "padded", "naive", "plain"}
+        assert set(case["seconds"]) == {"ours", "cold", "gated", "padded", "naive", "plain"}
     assert result["ways"] == ["packed", "packed"]
     main(["bench", "--workload", "single", *pair])
     printed = capsys.readouterr().out

@@ -177,3 +177,16 @@ def test_a_group_that_runs_out_of_positions_loses_its_left(strong, weak, tokeniz
     )
     assert score.truncated
     assert torch.isfinite(torch.tensor(score.value))
+
+
+def test_criteria_that_no_template_takes_are_a_reason(strong, weak):
+    """A template that refuses assistant turns, and exemplars as turns."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no turns') }}{% endif %}"
+        "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
+    )
+    tokenizer = byte_tokenizer(template=template)
+    scorer = make(DensityRatioScorer, strong, weak, tokenizer, criteria=CRITERIA, exemplar_style="turns")
+    lazy, plain = scorer.score([chat("hello")] * 2, ["a", "b"], domains=["lazy", "plain"])
+    assert "refused by strong's chat template: no turns" in lazy.error
+    assert plain.error is None

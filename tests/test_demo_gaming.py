@@ -17,6 +17,9 @@ def test_the_gate_keeps_a_policy_from_gaming_the_ratio():
     assert plain < start  # the reward rose, and what it stands for fell
     assert gated > start + 0.1
     assert gated > plain + 0.2
+    for kind, found in gaming.measure_attacks(setting).items():
+        assert found["gated"] <= 0.2, kind
+    assert found["plain"] > 0.3  # a stray word behind a right completion
 
 
 @pytest.mark.slow
@@ -45,10 +48,15 @@ def test_the_table(capsys):
     gates = {"plain": [0.2, 0.3], "gate 1.5": [0.8, 0.75]}
     found = {"label": "a setting", "start": [0.4, 0.5], "seconds_per_step": 0.1234, "gates": gates}
     other = {**found, "label": "another", "gates": {"plain": [0.4, 0.4], "gold": [0.9, 0.9]}}
-    gaming.print_gaming({"settings": {"dpo": found, "simpo": other}})
-    assert capsys.readouterr().out.splitlines() == [
+    attacks = {kind: {"plain": 0.5, "gated": 0.0, "highest": 3.0} for kind in gaming._ATTACKS}
+    gaming.print_gaming({"settings": {"dpo": found, "simpo": other}, "attacks": {"a pair": attacks}})
+    assert capsys.readouterr().out.splitlines()[:8] == [
         "| final gold reward | start | plain | gate 1.5 | gold | seconds a step |",
         "|---|---|---|---|---|---|",
         "| a setting | 0.45 | 0.20 0.30 | 0.80 0.75 |  | 0.12 |",
         "| another | 0.45 | 0.40 0.40 |  | 0.90 0.90 | 0.12 |",
+        "",
+        "| worth more than a right completion: plain / gated | a pair |",
+        "|---|---|",
+        "| nothing | 50% / 0% |",
     ]

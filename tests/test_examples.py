@@ -1,6 +1,7 @@
 """The examples run as they stand, on the demo's models, and stay short."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,16 +35,15 @@ def test_score(tmp_path):
 def test_criteria(tmp_path):
     out = run("03_criteria.py", "--tiny", "--max_steps", "30", "--output_dir", "policy", cwd=tmp_path)
     for name in ("right", "short"):
-        [line] = [line for line in out.splitlines() if line.startswith(f"{name}: mean reward")]
-        first, last = (float(word.rstrip(",")) for word in line.split() if word[:1] in "+-")
-        assert last > first
+        [(first, last)] = re.findall(rf"{name}: mean reward of the first log (\S+), of the last (\S+)", out)
+        assert float(last) > float(first)
 
 
 @pytest.mark.slow
 def test_online_dpo(tmp_path):
     out = run("02_online_dpo.py", "--tiny", "--max_steps", "30", "--output_dir", "policy", cwd=tmp_path)
-    first, last = (float(word.rstrip(",;")) for word in out.split() if word[:1] in "+-")
-    assert last > first
+    [(first, last)] = re.findall(r"of the first log (\S+), of the last (\S+);", out)
+    assert float(last) > float(first)
     assert (tmp_path / "policy" / "model.safetensors").exists()
 
 
@@ -57,8 +57,8 @@ def test_judge(tmp_path):
 @pytest.mark.slow
 def test_grpo(tmp_path):
     out = run("05_grpo.py", "--tiny", "--max_steps", "30", "--output_dir", "policy", cwd=tmp_path)
-    first, last = (float(word.rstrip(",;")) for word in out.split() if word[:1] in "+-")
-    assert last > first
+    [(first, last)] = re.findall(r"of the first log (\S+), of the last (\S+);", out)
+    assert float(last) > float(first)
     assert (tmp_path / "policy" / "model.safetensors").exists()
 
 

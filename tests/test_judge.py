@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import answer, chat, llama
+from tiny import TRAINING, answer, chat, llama
 
 from trl_cdr import CDRConfig, CDRJudge, CDRReward, ConfigError, InputError, UnscorableError
 from trl_cdr.training.judge import best_first, better, read_rendered, win_probability
@@ -249,13 +249,9 @@ def judges():
 COMMON = {
     "per_device_train_batch_size": 2,
     "max_steps": 3,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
+    **TRAINING,
     "save_strategy": "no",
     "logging_steps": 1,
-    "disable_tqdm": True,
 }
 
 

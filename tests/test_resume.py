@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from tiny import chat
+from tiny import TRAINING, chat
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
@@ -20,11 +20,7 @@ COMMON = {
     "max_steps": 4,
     "save_steps": 2,
     "learning_rate": 1e-3,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "disable_tqdm": True,
+    **TRAINING,
 }
 
 

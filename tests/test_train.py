@@ -10,7 +10,7 @@ import pytest
 import yaml
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
-from tiny import answer, chat, llama
+from tiny import TRAINING, answer, chat, llama
 from trl import ScriptArguments
 
 from trl_cdr import CDRConfig, ConfigError, InputError
@@ -60,13 +60,9 @@ def options(tmp_path, checkpoints, policy):
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 4,
         "max_steps": 2,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
+        **TRAINING,
         "save_strategy": "no",
         "logging_steps": 1,
-        "disable_tqdm": True,
     }
 
 

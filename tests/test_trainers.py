@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from oracle import completion_logps, render, typicality
-from tiny import byte_tokenizer, chat, llama
+from tiny import TRAINING, byte_tokenizer, chat, llama
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
@@ -21,13 +21,9 @@ WORDS = ["hello", "what is this", "the quick brown fox", "a lazy dog"]
 COMMON = {
     "per_device_train_batch_size": 4,
     "max_steps": 3,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
+    **TRAINING,
     "save_strategy": "no",
     "logging_steps": 1,
-    "disable_tqdm": True,
 }
 
 
@@ -45,10 +41,13 @@ class Recorder(CDRReward):
 def make(name, tmp_path, reward, tokenizer, prompts, policy):
     data = Dataset.from_dict({"prompt": prompts, "note": ["x"] * len(prompts)})
     kwargs = {"model": policy, "processing_class": tokenizer, "reward_funcs": reward, "train_dataset": data}
+    # A special token that a random policy writes last, and that ends no turn, would be told from padding by nobody.
+    never = [token for token in tokenizer.all_special_ids if token != tokenizer.eos_token_id]
+    options = {**COMMON, "generation_kwargs": {"suppress_tokens": never}}
     if name == "online_dpo":
-        return OnlineDPOTrainer(args=OnlineDPOConfig(str(tmp_path), max_new_tokens=8, **COMMON), **kwargs)
+        return OnlineDPOTrainer(args=OnlineDPOConfig(str(tmp_path), max_new_tokens=8, **options), **kwargs)
     config, trainer = (GRPOConfig, GRPOTrainer) if name == "grpo" else (RLOOConfig, RLOOTrainer)
-    args = config(str(tmp_path), max_completion_length=8, num_generations=2, beta=0.0, **COMMON)
+    args = config(str(tmp_path), max_completion_length=8, num_generations=2, beta=0.0, **options)
     return trainer(args=args, **kwargs)
 
 

@@ -15,6 +15,14 @@ BRACKETS = (
     "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
+# Of any trainer's arguments: what a tiny run on a CPU needs.
+TRAINING = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 _TEXT = (
     "hello world what is this and that\n\n user assistant\n\n system the  quick brown fox jumps over a lazy dog " * 20
 )

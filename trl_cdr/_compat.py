@@ -36,9 +36,9 @@ def is_online_dpo(args: Any) -> bool:
 
 
 def reward_functions(trainer: Any) -> list[Any]:
-    """A trainer's reward functions."""
+    """A trainer's reward functions; none without a trainer."""
     functions = getattr(trainer, "reward_funcs", None)
-    return list(functions) if isinstance(functions, (list, tuple)) else [functions]
+    return list(functions) if isinstance(functions, (list, tuple)) else []
 
 
 def trust_remote_code(*configs: Any) -> bool:

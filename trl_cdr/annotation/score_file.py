@@ -71,12 +71,14 @@ def score_file(arguments: ScoreArguments, config: CDRConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     scores_path = folder / "scores.jsonl"
     done = _read_done(scores_path, rows)
-    if done:
-        _match_options(folder / "options.json", config)
-    started = time.perf_counter()
     scorer = DensityRatioScorer.from_config(config)
+    digest = None if scorer.criteria is None else scorer.criteria.digest  # the file that cdr_criteria names may change
+    options = asdict(config) | {"criteria_sha256": digest}
+    if done:
+        _match_options(folder / "options.json", options)
+    started = time.perf_counter()
     scorer.load()
-    (folder / "options.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+    (folder / "options.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
     with scores_path.open("a", encoding="utf-8") as out:
         batches = list(_batches(rows[len(done) :], arguments.batch_size))
         for batch in track(batches, description="scoring", console=Console(stderr=True), disable=not batches):
@@ -132,9 +134,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _match_options(path: Path, config: CDRConfig) -> None:
+def _match_options(path: Path, options: dict[str, Any]) -> None:
     """Scores of different options must not end up in one file."""
-    options = asdict(config)
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = sorted(name for name in {*before, *options} if before.get(name) != options.get(name))
     if changed:

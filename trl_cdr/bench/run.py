@@ -1,6 +1,7 @@
-"""One workload, measured four ways on one pair, and its table.
+"""One workload, measured five ways on one pair, and its table.
 
 ours      packed or padded, as the rows suggest, prefix cache warm (the cold first call stands beside it)
+gated     ours with the statistics of the strong model that the typicality gate needs
 padded    every row whole, head on completion tokens only
 naive     padded batches of 8 rows, full logits, float32 log_softmax
 plain     the floor: unmasked forwards over ours' own tokens behind the same cached prefix, head on completion tokens
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..scoring.causal_lm import CausalLM
 from ..scoring.forward import Packed
+from ..scoring.logps import token_logps, token_statistics
 from ..scoring.packing import Layout
 from .measure import MB, Cost, describe_machine, matrix_rate, measure
 from .naive import naive_logps
@@ -64,10 +66,10 @@ def run_workload(name: str, pair: Sequence[CausalLM], *, runs: int = 5) -> dict[
 
     Returns:
         `dict`: `machine`, `weights_mb`, `matrix_tflops`, `ways` (how each model runs), and `cases`: for each shape
-        `label`, `tokens.unique`, `tokens.padded`, `seconds.*` (`ours`, `cold`, `padded`, `naive`, `plain`),
-        `tokens_per_second`, `matrix_share` (of ours, unique tokens), `peak_mb.*` (`ours`, `padded`, `naive`, `plain`),
-        `speed.*` (`naive`, `padded`, `plain`: their seconds over ours) and `max_difference` from the naive way (nats
-        a token).
+        `label`, `tokens.unique`, `tokens.padded`, `seconds.*` (`ours`, `cold`, `gated`, `padded`, `naive`, `plain`),
+        `tokens_per_second`, `matrix_share` (of ours, unique tokens), `peak_mb.*` (as `seconds.*`, without `cold`),
+        `speed.*` (`gated`, `naive`, `padded`, `plain`: their seconds over ours) and `max_difference` from the naive way
+        (nats a token).
     """
     device = pair[0].model.device.type
     ways = [lm.way()[0] for lm in pair]
@@ -88,7 +90,18 @@ def run_workload(name: str, pair: Sequence[CausalLM], *, runs: int = 5) -> dict[
 def print_workload(result: dict[str, Any]) -> None:
     """The result as a table on stdout."""
     table = Table(title=f"{result['workload']}: {WORKLOADS[result['workload']][0]}", title_justify="left")
-    headings = ["prompts x completions", "unique", "padded", "ours s", "cold s", "naive", "padded", "plain", "tokens/s"]
+    headings = [
+        "prompts x completions",
+        "unique",
+        "padded",
+        "ours s",
+        "cold s",
+        "gated",
+        "naive",
+        "padded",
+        "plain",
+        "tokens/s",
+    ]
     for index, heading in enumerate([*headings, "matrix", "ours MB", "naive MB"]):
         table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for case in result["cases"]:
@@ -99,7 +112,7 @@ def print_workload(result: dict[str, Any]) -> None:
             f"{case['tokens']['padded']:,}",
             f"{seconds['ours']:.3g}",
             f"{seconds['cold']:.3g}",
-            *(f"{speed[way]:.2f}x" for way in ("naive", "padded", "plain")),
+            *(f"{speed[way]:.2f}x" for way in ("gated", "naive", "padded", "plain")),
             f"{case['tokens_per_second']:,.0f}",
             f"{case['matrix_share']:.0%}",
             *(f"{case['peak_mb'][way]:,.0f}" for way in ("ours", "naive")),
@@ -108,7 +121,7 @@ def print_workload(result: dict[str, Any]) -> None:
     console = Console(width=max(140, Console().width))
     console.print(table)
     console.print(
-        "naive, padded, plain: their seconds over ours. MB: peak allocated above the weights. "
+        "gated, naive, padded, plain: their seconds over ours. MB: peak allocated above the weights. "
         f"{machine['device']}, {machine['threads']} threads, {result['matrix_tflops']:.3g} Tflop/s; "
         f"torch {machine['torch']}, transformers {machine['transformers']}.",
         soft_wrap=True,
@@ -125,12 +138,18 @@ def _run_shape(shape: Shape, pair: Sequence[CausalLM], *, device: str, runs: int
         fresh = Layout(rows)  # planning is part of the cost
         kept[:] = [lm.per_token_logps(fresh, token_budget=TOKEN_BUDGET) for lm in pair]
 
+    def gated() -> None:
+        fresh = Layout(rows)
+        for lm, reduce in zip(pair, (token_statistics, token_logps), strict=True):
+            lm.per_token_logps(fresh, token_budget=TOKEN_BUDGET, reduce=reduce)
+
     def plain() -> None:
         for lm, packed in ways:
             _plain(lm, packed, layout)
 
     costs = {
         "ours": measure(ours, device=device, runs=runs),
+        "gated": measure(gated, device=device, runs=runs),
         "padded": measure(
             lambda: [lm.per_token_logps(Layout(rows), token_budget=TOKEN_BUDGET, padded=True) for lm in pair],
             device=device,

@@ -8,6 +8,7 @@ import random
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -155,6 +156,11 @@ class Criteria:
                 f"the domain {twice[0]!r} is defined twice, by {self._source} and by {other._source}. Rename one."
             )
         return Criteria({**self.domains, **other.domains}, f"{self._source}+{other._source}")
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that is said, the same in every process."""
+        return sha256(repr(dict(self.domains)).encode()).hexdigest()
 
     @classmethod
     def load(cls, source: str) -> "Criteria":

@@ -2,7 +2,8 @@
 
 `run_gaming` is `trl-cdr bench --workload gaming`. Each setting trains the tiny world's policy, by TRL's online DPO or
 by `OnlinePreferenceTrainer`, for every seed and gate; what counts is the gold reward at the end, which no reward sees.
-Some settings are chosen because the plain ratio collapses there, others because it does not.
+Some settings are chosen because the plain ratio collapses there, others because it does not. Then texts that no policy
+should be paid for are scored beside right completions.
 """
 
 import math
@@ -16,14 +17,26 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
+from ..scoring.scorer import DensityRatioScorer
 from ..training.online_preference_config import OnlinePreferenceConfig
 from ..training.online_preference_trainer import OnlinePreferenceTrainer
-from ..training.reward import CDRReward
+from ..training.reward import CDRReward, rewards_from_scores
 from . import models, world
-from .story import Reward, gold_reward, quiet_trl, train_policy, train_with, versions
+from .story import TINY_RUN, Reward, gold_reward, quiet_trl, train_policy, train_with, versions
 
 SEEDS = (0, 1, 2)
 GATES = (math.inf, 2.0, 1.5, 1.0)
+
+_ATTACKS = {
+    "nothing": "",
+    "a word": "{word}",
+    "a word twenty times": " ".join(["the"] * 20),
+    "the prompt": "{prompt}",
+    "a right completion twice": "{right} {right}",
+    "a right completion and a stray word": "{right} cats",
+}
+
+_PAIR_LABELS = {"dpo": "DPO strong", "sft": "SFT strong", "mistakes": "common mistakes"}
 
 _PAIRS = 4000
 _NOISE = 0.15
@@ -102,17 +115,47 @@ def train(setting: Setting, *, gate: float | None, seed: int) -> dict[str, list[
     )
 
 
+def measure_attacks(setting: Setting) -> dict[str, dict[str, float]]:
+    """
+    How often a text that is no answer is worth more than a right completion to the same held-out prompt.
+
+    Returns:
+        `dict`: for each kind of text the shares `plain` (the ratio) and `gated` (the reward), and `highest`, the
+        highest ratio of all prompts, nats.
+    """
+    scorer = DensityRatioScorer(str(setting.strong), str(setting.weak), device="cpu")
+    prompts = [world.conversation(task) for task in world.HELD_OUT]
+    right = scorer.score(prompts, [task.right[0] for task in world.HELD_OUT])
+    found = {}
+    for kind, form in _ATTACKS.items():
+        scores = scorer.score(prompts, [_write(form, task) for task in world.HELD_OUT])
+        values = [(score.value or 0.0, other.value or 0.0) for score, other in zip(scores, right, strict=True)]
+        rewards = zip(
+            rewards_from_scores(scores, on_unscorable="floor"),
+            rewards_from_scores(right, on_unscorable="floor"),
+            strict=True,
+        )
+        found[kind] = {
+            "plain": sum(mine > other for mine, other in values) / len(values),
+            "gated": sum((mine or 0.0) > (other or 0.0) for mine, other in rewards) / len(values),
+            "highest": max(mine for mine, _ in values),
+        }
+    return found
+
+
 def run_gaming(*, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
     """
     Train every setting with each of its gates and every seed.
 
     Returns:
         `dict`: `settings` (for each its `label`, the gold reward at the `start`, `seconds_per_step`, and by gate, as
-        text, a list by seed), `seeds` and `versions`.
+        text, a list by seed), `attacks` (by pair, see `measure_attacks`), `seeds` and `versions`.
     """
     found: dict[str, Any] = {}
     with models.one_thread(), models.quiet():
-        for name, setting in make_settings().items():
+        settings = make_settings()
+        attacks = {label: measure_attacks(settings[name]) for name, label in _PAIR_LABELS.items()}
+        for name, setting in settings.items():
             curves = {gate: [train(setting, gate=gate, seed=seed) for seed in seeds] for gate in setting.gates}
             seconds = [curve["seconds"][-1] / setting.steps for by_seed in curves.values() for curve in by_seed]
             found[name] = {
@@ -121,11 +164,11 @@ def run_gaming(*, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
                 "seconds_per_step": sum(seconds) / len(seconds),
                 "gates": {_name(gate): [curve["gold"][-1] for curve in by_seed] for gate, by_seed in curves.items()},
             }
-    return {"workload": "gaming", "settings": found, "seeds": list(seeds), "versions": versions()}
+    return {"workload": "gaming", "settings": found, "attacks": attacks, "seeds": list(seeds), "versions": versions()}
 
 
 def print_gaming(result: dict[str, Any]) -> None:
-    """The result on stdout as a Markdown table: final gold reward, a number for each seed."""
+    """The result on stdout as Markdown tables: final gold reward, a number for each seed; and the attacks."""
     settings = list(result["settings"].values())
     gates = list(dict.fromkeys(gate for setting in settings for gate in setting["gates"]))
     print(f"| final gold reward | start | {' | '.join(gates)} | seconds a step |")
@@ -134,6 +177,16 @@ def print_gaming(result: dict[str, Any]) -> None:
         cells = [" ".join(f"{gold:.2f}" for gold in setting["gates"].get(gate, [])) for gate in gates]
         start = sum(setting["start"]) / len(setting["start"])
         print(f"| {setting['label']} | {start:.2f} | {' | '.join(cells)} | {setting['seconds_per_step']:.2f} |")
+    pairs = result["attacks"]
+    print(f"\n| worth more than a right completion: plain / gated | {' | '.join(pairs)} |")
+    print("|---" * (len(pairs) + 1) + "|")
+    for kind in _ATTACKS:
+        cells = [f"{found[kind]['plain']:.0%} / {found[kind]['gated']:.0%}" for found in pairs.values()]
+        print(f"| {kind} | {' | '.join(cells)} |")
+
+
+def _write(form: str, task: world.Task) -> str:
+    return form.format(prompt=task.prompt, right=task.right[0], word=task.right[0].split()[0])
 
 
 def _name(gate: float | None) -> str:
@@ -164,13 +217,7 @@ def _build_dpo_strong(plain: Path, *, cache: bool) -> Path:
                 loss_type=["sigmoid", "sft"],  # without the likelihood the model drifts off its grammar
                 loss_weights=[1.0, 1.0],
                 per_device_train_batch_size=64,
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
+                **TINY_RUN,
             ),
             train_dataset=Dataset.from_list([_draw_pair(rng) for _ in range(_PAIRS)]),
             processing_class=tokenizer,

@@ -49,6 +49,17 @@ EVALUATION_SAMPLES = 4
 PAIR_SAMPLES = 8
 PAIRS_PER_PROMPT = 3
 
+TINY_RUN: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+"""Of a trainer's arguments: a run on the CPU that says and keeps nothing."""
+
 Reward = Callable[..., Sequence[float | None]]
 
 
@@ -207,13 +218,7 @@ def train_with(
                 seed=seed,
                 max_steps=steps,
                 temperature=1.0,
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
+                **TINY_RUN,
                 **options,
             ),
             train_dataset=Dataset.from_list(

@@ -73,9 +73,11 @@ class Member:
         key = (conditioning, is_text)
         if key not in self._constants:
             prompts: list[Prompt] = [text if is_text else [{"role": "user", "content": text}] for text in _PROBES]
-            self._constants[key] = common_prefix(
-                [self.encoder.encode(conditioning.apply(prompt), Completion("a", None)) for prompt in prompts]
-            )
+            try:
+                rows = [self.encoder.encode(conditioning.apply(prompt), Completion("a", None)) for prompt in prompts]
+            except Unscorable:  # the rows themselves will say why
+                rows = []
+            self._constants[key] = common_prefix(rows)
         return self._constants[key]
 
     def per_token_logps(

@@ -9,7 +9,6 @@ import json
 import time
 from collections import defaultdict
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,8 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
             their own for that.
 
     Raises:
-        ConfigError: `reward` is no `CDRReward`. When training begins: the trainer does not use this reward, online DPO
-            without `trainer`, or the policy is the very module that scores.
+        ConfigError: `reward` is no `CDRReward`. When training begins: the trainer does not use this reward, or uses two
+            of one name; online DPO without `trainer`; the policy is the very module that scores.
 
     Example:
 
@@ -112,6 +111,11 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
             raise ConfigError(
                 f"the trainer does not use {name}. Pass the same object as reward_funcs= and to CDRCallback."
             )
+        names = [f.__name__ for f in _compat.reward_functions(self._trainer) if isinstance(f, CDRReward)]
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"{len(names)} of the trainer's rewards are called {name}: their metrics would mix. Pass another name=."
+            )
         inner = getattr(policy, "module", policy)
         if any(inner is model for model in self.reward.scorer.modules()):
             raise ConfigError(
@@ -161,6 +165,6 @@ def provenance(reward: CDRReward) -> dict[str, Any]:
             role: {key: described[role][key] for key in ("name", "revision", "dtype", "way")}
             for role in ("strong", "weak")
         },
-        "criteria_sha256": None if criteria is None else sha256(repr(dict(criteria.domains)).encode()).hexdigest(),
+        "criteria_sha256": None if criteria is None else criteria.digest,
         "versions": _compat.versions(),
     }
