@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from oracle import completion_logps
-from tiny import chat, llama
+from tiny import TRAINING, chat, llama
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
@@ -30,13 +30,9 @@ COMMON = {
     "per_device_train_batch_size": 8,
     "max_steps": 2,
     "learning_rate": 1e-3,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
+    **TRAINING,
     "save_strategy": "no",
     "logging_steps": 1,
-    "disable_tqdm": True,
 }
 TRLS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"}
 OURS = {"used", "ties", "missing", "below_margin", "margin", "chosen_tokens", "rejected_tokens"}
