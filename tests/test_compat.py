@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from datasets import Dataset
-from tiny import answer, byte_tokenizer, chat, llama
+from tiny import TRAINING, answer, byte_tokenizer, chat, llama
 
 from trl_cdr import CDRReward, DensityRatioScorer, OnlinePreferenceConfig, OnlinePreferenceTrainer
 
@@ -67,13 +67,9 @@ def test_online_preferences_are_the_same_everywhere(loss, fixed_pair, tmp_path):
         max_steps=6,
         max_completion_length=8,
         learning_rate=1e-3,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
+        **TRAINING,
         save_strategy="no",
         logging_steps=1,
-        disable_tqdm=True,
     )
     trainer = OnlinePreferenceTrainer(
         str(tmp_path / "policy"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from oracle import completion_logps
-from tiny import chat, llama
+from tiny import TRAINING, chat, llama
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
@@ -30,13 +30,9 @@ COMMON = {
     "per_device_train_batch_size": 8,
     "max_steps": 2,
     "learning_rate": 1e-3,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
+    **TRAINING,
     "save_strategy": "no",
     "logging_steps": 1,
-    "disable_tqdm": True,
 }
 TRLS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"}
 OURS = {"used", "ties", "missing", "below_margin", "margin", "chosen_tokens", "rejected_tokens"}
@@ -241,6 +237,22 @@ def test_what_others_wrote_is_not_learnt(tmp_path, policy, tokenizer):
     losses = simpo_loss(*torch.tensor(means).unbind(1), beta=2.0, gamma=1.0)
     assert loss == pytest.approx(losses.mean().item(), abs=1e-5)
     assert logs_of(trainer)[0]["pairs/chosen_tokens"] == 3
+
+
+def test_a_completion_without_a_token_of_its_own_makes_no_pair(tmp_path, policy, tokenizer):
+    def write(prompts, trainer):
+        ids = tokenizer([prompt[-1]["content"] for prompt in prompts]).input_ids
+        written = [[20 + index, tokenizer.eos_token_id] for index in range(len(prompts))]
+        marks = [[int(index > 0)] * 2 for index in range(len(prompts))]  # the first, worst of its group
+        logprobs = [[-1.0] * 2] * len(prompts)
+        return {"prompt_ids": ids, "completion_ids": written, "logprobs": logprobs, "env_mask": marks}
+
+    trainer = make(tmp_path, policy, tokenizer, trainer={"rollout_func": write}, max_steps=1)
+    trainer.train()
+    [log] = logs_of(trainer)
+    assert log["pairs/missing"] == log["pairs/used"] == 0.5
+    assert math.isfinite(log["loss"])
+    assert log["pairs/rejected_tokens"] == 2
 
 
 def test_a_random_other_is_drawn_anew_in_each_group(tmp_path, policy, tokenizer):

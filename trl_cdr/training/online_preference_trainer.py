@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -98,9 +99,7 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         """GRPO's, gathered from all processes; keeps this process's pairs for `_generate_and_score_completions`."""
         gathered: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (B_all, F)
         first = self.accelerator.process_index * len(prompts)
-        local = gathered[first : first + len(prompts)].clone()  # (B, F)
-        # Nothing can be learnt from a completion without tokens.
-        local[[not ids for ids in completion_ids_list]] = torch.nan
+        local = gathered[first : first + len(prompts)]  # (B, F)
         self._pairs = self._select(local, first_group=first // self._group_size)
         roles = [""] * len(prompts)
         for group, pair in enumerate(self._pairs):
@@ -126,8 +125,11 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         starts = range(0, len(inputs), self._group_size)
         rows = [(start + pair.chosen, start + pair.rejected) for start, pair in zip(starts, self._pairs, strict=True)]
         index = torch.tensor(rows, device=loss_mask.device)  # (P, 2)
+        tokens = loss_mask.sum(dim=1)[index]  # (P, 2)
+        for number in (tokens == 0).any(dim=1).nonzero()[:, 0].tolist():  # nothing of the policy's own to learn from
+            self._pairs[number] = replace(self._pairs[number], skipped="missing")
         weights = torch.tensor([pair.weight for pair in self._pairs], device=loss_mask.device)  # (P,)
-        self._log_pairs(loss_mask.sum(dim=1)[index], weights)
+        self._log_pairs(tokens, weights)
         return {
             "prompt_ids": output["prompt_ids"][index[:, 0]],
             "prompt_mask": output["prompt_mask"][index[:, 0]],
@@ -159,7 +161,7 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         if return_outputs:
             raise ValueError("OnlinePreferenceTrainer returns no outputs")
         args, weights = self.args, inputs["weights"]
-        # Only pairs of weight 0 hold a completion without tokens.
+        # A completion without a token of the policy's own is in no pair that has weight.
         counts = inputs["loss_mask"].sum(dim=2).clamp(min=1)  # (P, 2)
         if args.preference_loss == "simpo":
             sums = self._logps(model, inputs)
