@@ -88,6 +88,17 @@ def make_settings(*, cache: bool = True) -> dict[str, Setting]:
         "simpo": Setting(
             "ours, SimPO: SFT strong, 8 x 16, beta 2, 240 steps", strong, weak, policy, 240, 16, 2.0, few, simpo
         ),
+        "simpo_mistakes": Setting(
+            "ours, SimPO: common mistakes, 8 x 16, beta 2, 240 steps",
+            mild,
+            base,
+            mistakes.policy,
+            240,
+            16,
+            2.0,
+            few,
+            simpo,
+        ),
     }
 
 
