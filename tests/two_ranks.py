@@ -70,4 +70,6 @@ if trainer.accelerator.is_main_process:
     weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     torch.save({"processes": trainer.accelerator.num_processes, "logs": logs, "weights": weights}, out)
 if torch.distributed.is_initialized():
+    trainer.accelerator.wait_for_everyone()
     torch.distributed.destroy_process_group()
+os._exit(0)  # a thread of gloo that outlives the interpreter aborts the process, now and then
