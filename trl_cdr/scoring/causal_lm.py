@@ -18,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import ConfigError, ModelError
 from .encoding import Row
-from .forward import CPU_TOKENS, Decoder, Job, OwnLogits, Packed, Padded, Way, why_not_packed
+from .forward import Decoder, Job, OwnLogits, Packed, Padded, Way, why_not_packed
 from .logps import LOGITS_PER_CHUNK, Reduce, token_logps
 from .packing import MIN_PREFIX, Layout
 
@@ -229,7 +229,7 @@ class CausalLM:
 
     def _work_bytes(self, token_budget: int) -> int:
         """What a forward needs beside the weights: some hidden states, a layer's inner ones, and a chunk of logits."""
-        tokens = min(token_budget, CPU_TOKENS) if self.decoder.device.type == "cpu" else token_budget
+        tokens = self.decoder.batch_tokens(token_budget)
         hidden: int = self._config.hidden_size
         inner: int = getattr(self._config, "intermediate_size", None) or 4 * hidden
         return tokens * (6 * hidden + 3 * inner) * self.decoder.dtype.itemsize + 3 * 4 * LOGITS_PER_CHUNK

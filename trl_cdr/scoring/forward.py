@@ -85,6 +85,10 @@ class Decoder:
         original = original or getattr(self.config, "original_max_position_embeddings", None)
         return float(original or self.config.max_position_embeddings)
 
+    def batch_tokens(self, token_budget: int) -> int:
+        """Tokens of one padded batch, at most."""
+        return min(token_budget, CPU_TOKENS) if self.device.type == "cpu" else token_budget
+
     def hidden(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """(B, T) token ids -> (B, T, H) hidden states, as the head reads them."""
         hidden: Tensor = self.backbone(
@@ -146,8 +150,7 @@ class Padded:
         self._decoder = decoder
 
     def plan(self, layout: Layout, token_budget: int) -> list[Job]:
-        if self._decoder.device.type == "cpu":
-            token_budget = min(token_budget, CPU_TOKENS)
+        token_budget = self._decoder.batch_tokens(token_budget)
         lengths = [len(row.inputs) for row in layout.rows]
         return [Job(tuple(batch), len(batch) * lengths[batch[0]]) for batch in plan_batches(lengths, token_budget)]
 

@@ -14,8 +14,7 @@ from ..conditioning.router import COLUMN
 from ..config import CDRConfig
 from ..errors import ConfigError, InputError, UnscorableError
 from ..scoring.encoding import Message, Prompt, shorten
-from ..scoring.ratio import gate
-from .reward import CDRReward
+from .reward import CDRReward, rewards_from_scores
 
 logger = logging.getLogger(__name__)
 
@@ -189,9 +188,7 @@ class CDRJudge:
                 len(groups),
                 reason,
             )
-        rewards = {
-            place: None if score.value is None else gate(score.value, score.gated) for place, score in scores.items()
-        }
+        rewards = dict(zip(places, rewards_from_scores(found, on_unscorable="none"), strict=True))
         return [[rewards[row, index] for index in range(len(group))] for row, (_, group) in enumerate(read)]
 
 
