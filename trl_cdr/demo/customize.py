@@ -53,9 +53,10 @@ def run_customize(output_dir: str | Path, *, cache: bool = True) -> dict[str, An
         checkpoints = models.build_checkpoints(cache)
         pair = models.build_steerable(checkpoints, cache=cache)
         clock.lap("build")
-        accuracy = measure_conditionings(pair, sample_pairs(checkpoints.policy, seed=0))
-        style = measure_style(pair)
-        router = measure_router(pair)
+        scorer = DensityRatioScorer(str(pair.strong), str(pair.weak), device="cpu")
+        accuracy = measure_conditionings(scorer, sample_pairs(checkpoints.policy, seed=0))
+        style = measure_style(scorer)
+        router = measure_router(scorer)
         clock.lap("labels")
         plain = CDRReward(str(pair.strong), str(pair.weak), device="cpu", name="plain")
         rewards = {
@@ -88,7 +89,7 @@ def run_customize(output_dir: str | Path, *, cache: bool = True) -> dict[str, An
     return summary
 
 
-def measure_conditionings(steerable: models.Steerable, pairs: list[Pair]) -> dict[str, float]:
+def measure_conditionings(plain: DensityRatioScorer, pairs: list[Pair]) -> dict[str, float]:
     """How often the ratio prefers the right completion of a pair, by what the models were shown. `pairs`: how many."""
     criterion = steering.make_criteria()
     exemplar = steering.make_criteria(instructions=False, num_exemplars=1)
@@ -101,7 +102,6 @@ def measure_conditionings(steerable: models.Steerable, pairs: list[Pair]) -> dic
         "own_exemplar": (exemplar, own),
         "foreign_exemplar": (exemplar, foreign),
     }
-    plain = DensityRatioScorer(str(steerable.strong), str(steerable.weak), device="cpu")
     accuracy: dict[str, float] = {"pairs": len(pairs)}
     for name, (criteria, domains) in shown.items():
         scorer = DensityRatioScorer(share=plain, criteria=criteria)
@@ -116,11 +116,11 @@ def measure_conditionings(steerable: models.Steerable, pairs: list[Pair]) -> dic
     return accuracy
 
 
-def measure_style(steerable: models.Steerable) -> dict[str, float]:
+def measure_style(plain: DensityRatioScorer) -> dict[str, float]:
     """How often the brief one of two right completions is preferred: without a criterion, and under each style's."""
     rows = [(world.conversation(task), _forms(task)) for task in world.HELD_OUT]
     criteria = steering.STYLES | Criteria({"none": DomainCriteria()})
-    scorer = DensityRatioScorer(str(steerable.strong), str(steerable.weak), device="cpu", criteria=criteria)
+    scorer = DensityRatioScorer(share=plain, criteria=criteria)
     shares = {}
     for name in criteria.domains:
         scores = scorer.score(
@@ -133,15 +133,9 @@ def measure_style(steerable: models.Steerable) -> dict[str, float]:
     return shares
 
 
-def measure_router(steerable: models.Steerable) -> dict[str, Any]:
+def measure_router(plain: DensityRatioScorer) -> dict[str, Any]:
     """How well the strong model tells the domains of held-out prompts by the likelihood of their names."""
-    scorer = DensityRatioScorer(
-        str(steerable.strong),
-        str(steerable.weak),
-        device="cpu",
-        criteria=steering.make_criteria(),
-        router="likelihood",
-    )
+    scorer = DensityRatioScorer(share=plain, criteria=steering.make_criteria(), router="likelihood")
     table = scorer.confusion(
         [world.conversation(task) for task in world.HELD_OUT], [task.domain for task in world.HELD_OUT]
     )
