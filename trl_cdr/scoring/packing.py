@@ -15,6 +15,7 @@ is not run.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -68,6 +69,16 @@ class Pack:
     targets: Tensor
     rows: tuple[int, ...]
     counts: tuple[int, ...]
+
+    def segments(self) -> list[list[slice]]:
+        """For each tree where its prompt stands, and then where each of its completions does that is run."""
+        trees: dict[int, list[slice]] = {}
+        start = 0
+        for (tree, _), tokens in groupby(zip(self.tree.tolist(), self.branch.tolist(), strict=True)):
+            stop = start + len(list(tokens))
+            trees.setdefault(tree, []).append(slice(start, stop))
+            start = stop
+        return list(trees.values())
 
 
 def visible(pack: Pack, *, num_prefix: int, window: int | None = None, device: torch.device | None = None) -> Tensor:
