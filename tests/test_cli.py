@@ -1,6 +1,7 @@
 """The command line as its users meet it: what it prints, what it writes, and how it refuses."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tiny import chat
 
 from trl_cdr import DensityRatioScorer, __version__
 from trl_cdr.bench import workloads
-from trl_cdr.bench.measure import measure
+from trl_cdr.bench.measure import Cost, measure
 from trl_cdr.bench.naive import naive_logps
 from trl_cdr.cli import main
 from trl_cdr.scoring.causal_lm import CausalLM
@@ -190,9 +191,23 @@ def test_memory_of_a_large_vocabulary_stays_bounded():
     lm.way()
     [shape] = workloads.WORKLOADS["head"][1]
     rows = shape.rows(32_000)
-    ours = measure(lambda: lm.per_token_logps(Layout(rows), token_budget=8192), device="cpu", runs=0)
-    naive = measure(lambda: naive_logps(model, rows, batch_size=16), device="cpu", runs=0)
-    assert ours.peak_mb < 400 < 1000 < naive.peak_mb
+    ways = {
+        "ours": lambda: lm.per_token_logps(Layout(rows), token_budget=8192),
+        "naive": lambda: naive_logps(model, rows, batch_size=16),
+    }
+    costs = measure(ways, device="cpu", runs=0)
+    assert costs["ours"].peak_mb < 400 < 1000 < costs["naive"].peak_mb
+
+
+def test_costs_are_compared_round_by_round():
+    ours, naive = Cost((9.0, 1.0, 2.0, 4.0), 0), Cost((1.0, 3.0, 6.0, 8.0), 0)  # a machine that slows down
+    assert (ours.cold, ours.warm, naive.warm) == (9.0, 2.0, 6.0)
+    assert naive.over(ours) == 3.0
+    assert Cost((6.0,), 0).over(Cost((3.0,), 0)) == 2.0
+    calls = []
+    costs = measure({name: partial(calls.append, name) for name in "ab"}, device="cpu", runs=2)
+    assert calls == ["a", "b"] * 3
+    assert all(len(cost.seconds) == 3 for cost in costs.values())
 
 
 def test_doctor(checkpoints, capsys):

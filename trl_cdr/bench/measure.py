@@ -4,7 +4,7 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -31,22 +31,27 @@ class Cost:
     @property
     def warm(self) -> float:
         """Median seconds of the runs after the first; of the first where it is the only one."""
-        return statistics.median(self.seconds[1:] or self.seconds)
+        return statistics.median(self._warm)
+
+    def over(self, other: "Cost") -> float:
+        """How many times longer than `other` it took, the median over the rounds in which both were run."""
+        return statistics.median(x / y for x, y in zip(self._warm, other._warm, strict=True))
+
+    @property
+    def _warm(self) -> tuple[float, ...]:
+        return self.seconds[1:] or self.seconds
 
 
-def measure(run: Callable[[], object], *, device: str, runs: int) -> Cost:
-    """Call `run` once and then `runs` times more."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        cold = _time(run, device)
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            cold = _time(run, device)
-        peak = _peak_allocated(profiler)
-    return Cost((cold, *(_time(run, device) for _ in range(runs))), peak / MB)
+def measure(ways: Mapping[str, Callable[[], object]], *, device: str, runs: int) -> dict[str, Cost]:
+    """Call each way once, and then all of them in turn `runs` times, so that changes of the machine's pace meet all alike."""
+    peaks, seconds = {}, {}
+    for name, run in ways.items():
+        peaks[name], cold = _measure_cold(run, device)
+        seconds[name] = [cold]
+    for _ in range(runs):
+        for name, run in ways.items():
+            seconds[name].append(_time(run, device))
+    return {name: Cost(tuple(seconds[name]), peaks[name]) for name in ways}
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
@@ -73,6 +78,19 @@ def describe_machine(device: str) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
+
+
+def _measure_cold(run: Callable[[], object], device: str) -> tuple[float, float]:
+    """MB and seconds of a first run."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        cold = _time(run, device)
+        return (torch.cuda.max_memory_allocated() - before) / MB, cold
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        cold = _time(run, device)
+    return _peak_allocated(profiler) / MB, cold
 
 
 def _time(run: Callable[[], object], device: str) -> float:

@@ -68,7 +68,7 @@ def run_workload(name: str, pair: Sequence[CausalLM], *, runs: int = 5) -> dict[
         `dict`: `machine`, `weights_mb`, `matrix_tflops`, `ways` (how each model runs), and `cases`: for each shape
         `label`, `tokens.unique`, `tokens.padded`, `seconds.*` (`ours`, `cold`, `gated`, `padded`, `naive`, `plain`),
         `tokens_per_second`, `matrix_share` (of ours, unique tokens), `peak_mb.*` (as `seconds.*`, without `cold`),
-        `speed.*` (`gated`, `naive`, `padded`, `plain`: their seconds over ours) and `max_difference` from the naive way
+        `speed.*` (`gated`, `naive`, `padded`, `plain`: their seconds over ours, run by run) and `max_difference` from the naive way
         (nats a token).
     """
     device = pair[0].model.device.type
@@ -121,7 +121,7 @@ def print_workload(result: dict[str, Any]) -> None:
     console = Console(width=max(140, Console().width))
     console.print(table)
     console.print(
-        "gated, naive, padded, plain: their seconds over ours. MB: peak allocated above the weights. "
+        "gated, naive, padded, plain: their seconds over ours, run by run. MB: peak allocated above the weights. "
         f"{machine['device']}, {machine['threads']} threads, {result['matrix_tflops']:.3g} Tflop/s; "
         f"torch {machine['torch']}, transformers {machine['transformers']}.",
         soft_wrap=True,
@@ -131,12 +131,14 @@ def print_workload(result: dict[str, Any]) -> None:
 def _run_shape(shape: Shape, pair: Sequence[CausalLM], *, device: str, runs: int) -> dict[str, Any]:
     rows = shape.rows(min(lm.num_embeddings for lm in pair))
     layout = Layout(rows)
-    ways = [(lm, Packed(lm.decoder, prefix_cache_tokens=TOKEN_BUDGET)) for lm in pair]
-    kept: list[list[Tensor]] = []
+    packed = [Packed(lm.decoder, prefix_cache_tokens=TOKEN_BUDGET) for lm in pair]
+    kept: dict[int, list[Tensor]] = {}
+    expected: dict[int, list[Tensor]] = {}
 
     def ours() -> None:
         fresh = Layout(rows)  # planning is part of the cost
-        kept[:] = [lm.per_token_logps(fresh, token_budget=TOKEN_BUDGET) for lm in pair]
+        for place, lm in enumerate(pair):
+            kept[place] = lm.per_token_logps(fresh, token_budget=TOKEN_BUDGET)
 
     def gated() -> None:
         fresh = Layout(rows)
@@ -144,26 +146,24 @@ def _run_shape(shape: Shape, pair: Sequence[CausalLM], *, device: str, runs: int
             lm.per_token_logps(fresh, token_budget=TOKEN_BUDGET, reduce=reduce)
 
     def plain() -> None:
-        for lm, packed in ways:
-            _plain(lm, packed, layout)
+        for lm, way in zip(pair, packed, strict=True):
+            _plain(lm, way, layout)
 
-    costs = {
-        "ours": measure(ours, device=device, runs=runs),
-        "gated": measure(gated, device=device, runs=runs),
-        "padded": measure(
-            lambda: [lm.per_token_logps(Layout(rows), token_budget=TOKEN_BUDGET, padded=True) for lm in pair],
-            device=device,
-            runs=runs,
-        ),
-        "plain": measure(plain, device=device, runs=runs),
-        "naive": measure(
-            lambda: [naive_logps(lm.model, rows, batch_size=8, dtype=torch.float32) for lm in pair],
-            device=device,
-            runs=runs,
-        ),
-    }
-    expected = naive_logps(pair[0].model, rows, batch_size=8, dtype=torch.float32)
-    difference = max(float((x - y).abs().max()) for x, y in zip(kept[0], expected, strict=True))
+    def padded() -> None:
+        for lm in pair:
+            lm.per_token_logps(Layout(rows), token_budget=TOKEN_BUDGET, padded=True)
+
+    def naive() -> None:
+        for place, lm in enumerate(pair):
+            expected[place] = naive_logps(lm.model, rows, batch_size=8, dtype=torch.float32)
+
+    ways = {"ours": ours, "gated": gated, "padded": padded, "plain": plain, "naive": naive}
+    costs = measure(ways, device=device, runs=runs)
+    difference = max(
+        float((x - y).abs().max())
+        for place in range(len(pair))
+        for x, y in zip(kept[place], expected[place], strict=True)
+    )
     return _summarise(shape, pair, layout, costs, difference=difference)
 
 
@@ -181,7 +181,7 @@ def _summarise(
         "tokens_per_second": len(pair) * unique / ours,
         "flops_per_second": flops / ours,
         "peak_mb": {way: cost.peak_mb for way, cost in costs.items()},
-        "speed": {way: cost.warm / ours for way, cost in costs.items() if way != "ours"},
+        "speed": {way: cost.over(costs["ours"]) for way, cost in costs.items() if way != "ours"},
         "max_difference": difference,
     }
 
