@@ -43,7 +43,7 @@ class Cost:
 
 
 def measure(ways: Mapping[str, Callable[[], object]], *, device: str, runs: int) -> dict[str, Cost]:
-    """Call each way once, and then all of them in turn `runs` times, so that changes of the machine's pace meet all alike."""
+    """Call each way once, then all in turn `runs` times, so that a machine that changes its pace does so for all."""
     peaks, seconds = {}, {}
     for name, run in ways.items():
         peaks[name], cold = _measure_cold(run, device)

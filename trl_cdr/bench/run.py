@@ -68,8 +68,8 @@ def run_workload(name: str, pair: Sequence[CausalLM], *, runs: int = 5) -> dict[
         `dict`: `machine`, `weights_mb`, `matrix_tflops`, `ways` (how each model runs), and `cases`: for each shape
         `label`, `tokens.unique`, `tokens.padded`, `seconds.*` (`ours`, `cold`, `gated`, `padded`, `naive`, `plain`),
         `tokens_per_second`, `matrix_share` (of ours, unique tokens), `peak_mb.*` (as `seconds.*`, without `cold`),
-        `speed.*` (`gated`, `naive`, `padded`, `plain`: their seconds over ours, run by run) and `max_difference` from the naive way
-        (nats a token).
+        `speed.*` (`gated`, `naive`, `padded`, `plain`: their seconds over ours, the median of the runs' ratios) and
+        `max_difference` from the naive way (nats a token).
     """
     device = pair[0].model.device.type
     ways = [lm.way()[0] for lm in pair]
@@ -121,7 +121,7 @@ def print_workload(result: dict[str, Any]) -> None:
     console = Console(width=max(140, Console().width))
     console.print(table)
     console.print(
-        "gated, naive, padded, plain: their seconds over ours, run by run. MB: peak allocated above the weights. "
+        "gated, naive, padded, plain: their seconds over ours. MB: peak allocated above the weights. "
         f"{machine['device']}, {machine['threads']} threads, {result['matrix_tflops']:.3g} Tflop/s; "
         f"torch {machine['torch']}, transformers {machine['transformers']}.",
         soft_wrap=True,
