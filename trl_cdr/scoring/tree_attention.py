@@ -19,8 +19,8 @@ class TreeAttention(TorchFunctionMode):
 
     A token sees the whole prefix, the whole prompt and, causally, what stands before it in its own branch. Each of the
     three is attended to apart, and their outputs are averaged by the sums of exponentials behind them, which makes it
-    the softmax over all. A call under another mask (a sliding window's, or one to which a bias was added) is left
-    alone.
+    the softmax over all (online softmax, arXiv 1805.02867). A call under another mask (a sliding window's, or one to
+    which a bias was added) is left alone.
 
     Args:
         pack (`Pack`): Q tokens.
