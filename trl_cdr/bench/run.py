@@ -4,7 +4,7 @@ ours      packed or padded, as the rows suggest, prefix cache warm (the cold fir
 gated     ours with the statistics of the strong model that the typicality gate needs
 padded    every row whole, head on completion tokens only
 naive     padded batches of 8 rows, full logits, float32 log_softmax
-plain     the floor: unmasked forwards over ours' own tokens behind the same cached prefix, head on completion tokens
+plain     unmasked forwards over ours' own tokens behind the same cached prefix, head on completion tokens
 """
 
 from collections.abc import Sequence

@@ -59,9 +59,10 @@ class TreeAttention(TorchFunctionMode):
     ) -> Tensor:
         assert _attend is not None
         num_prefix = attn_mask.shape[3] - attn_mask.shape[2]
-        output = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        log_sum = query.new_full(query.shape[:3], -torch.inf)
-        if num_prefix:
+        if num_prefix == 0:  # nothing is seen yet
+            output = torch.zeros_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+            log_sum = query.new_full(query.shape[:3], -torch.inf)
+        else:
             output, log_sum = _attend(query, key[:, :, :num_prefix], value[:, :, :num_prefix], scale=scale)
         key, value = key[:, :, num_prefix:], value[:, :, num_prefix:]
 
