@@ -199,6 +199,7 @@ def test_an_accelerator_gets_larger_packs():
     assert cpu.good_tokens == module._CPU_GOOD_TOKENS
 
 
+@pytest.mark.compat
 def test_places_that_are_counted_bound_a_pack():
     """GPT-2's eager attention cuts its causal mask by places in the sequence, of which it has so many as positions."""
     model = build_family("GPT-2")
@@ -208,6 +209,10 @@ def test_places_that_are_counted_bound_a_pack():
     assert sum(len(row.completion_ids) for row in rows) > model.config.max_position_embeddings
     assert_naive(model, rows, lm.per_token_logps(Layout(rows), token_budget=4096))
     assert lm.way() == ("packed", "")
+    with lm._frozen():
+        packs = [job.pack for job in lm._packed.plan(Layout(rows), 4096)]
+    assert len(packs) > 1  # transformers 5 has no such mask any more
+    assert all(len(pack.stem) + len(pack.ids) <= model.config.max_position_embeddings for pack in packs)
 
 
 def test_autocast_of_the_caller_does_not_reach_a_stem():

@@ -16,8 +16,10 @@ from .encoding import Row
 from .forward import Decoder, Way
 from .packing import MIN_PREFIX, Layout
 
-# Largest difference, in nats per token, at which two ways to the same log-probability count as equal.
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+# Largest difference, in nats per token, at which two ways to the same log-probability count as equal. Of the probe's 22
+# tokens SmolLM2-135M is off by at most 1.4e-5 in float32, 0.04 in float16 and 0.20 in bfloat16 (three seeds); with
+# places counted in the sequence by 0.6 to 1.8, and where branches see each other by 2.8 to 8.4.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-1, torch.bfloat16: 3e-1}
 
 # What a forward that does not suit raises.
 FAILURES = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
