@@ -54,3 +54,25 @@ def checkpoints(tmp_path_factory, tokenizer, strong, weak):
         model.save_pretrained(folders[name])
         tokenizer.save_pretrained(folders[name])
     return folders
+
+
+@pytest.fixture(scope="session")
+def smollm_folder():
+    """The packaged real model, converted once a session, or found in the cache that `TRL_CDR_CACHE` names."""
+    from trl_cdr.demo.smollm import build_smollm
+
+    return build_smollm()
+
+
+def pytest_collection_modifyitems(items):
+    from trl_cdr import ModelError
+    from trl_cdr.demo.smollm import find_packaged
+
+    if not any(item.get_closest_marker("real") for item in items):
+        return
+    try:
+        find_packaged()
+    except ModelError as missing:
+        for item in items:
+            if item.get_closest_marker("real"):
+                item.add_marker(pytest.mark.skip(reason=str(missing)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_cdr.demo import cache as cache_module
 from trl_cdr.demo import models, world
 
 
@@ -121,12 +122,12 @@ def test_of_two_builds_at_once_the_first_one_stays(cache, monkeypatch):
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("TRL_CDR_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert models._cache_folder() == tmp_path / "xdg" / "trl-cdr"
+    assert cache_module._cache_folder() == tmp_path / "xdg" / "trl-cdr"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert models._cache_folder() == tmp_path / ".cache" / "trl-cdr"
+    assert cache_module._cache_folder() == tmp_path / ".cache" / "trl-cdr"
     monkeypatch.setenv("TRL_CDR_CACHE", str(tmp_path / "own"))
-    assert models._cache_folder() == tmp_path / "own"
+    assert cache_module._cache_folder() == tmp_path / "own"
 
 
 @pytest.mark.usefixtures("cache")

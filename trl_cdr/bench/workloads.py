@@ -24,7 +24,7 @@ class Shape:
     @property
     def label(self) -> str:
         """How a table names it."""
-        before = f"prefix {self.prefix}" if self.prompt == 64 else f"prompts of {self.prompt:,}"
+        before = f"prefix {self.prefix}" if self.prefix or self.prompt == 64 else f"prompts of {self.prompt:,}"
         return f"{self.prompts} x {self.num_generations}, {before}"
 
     def rows(self, vocab_size: int) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The tiny world's models: tokenizer, architecture, training from scratch, the cache of checkpoints, sampling.
+"""The tiny world's models: tokenizer, architecture, training from scratch, sampling. `cache` keeps the checkpoints.
 
 `world` supplies the texts; `story` scores, trains and judges with what is built here. Nothing here reads the gold
 reward: the models differ only in the share of right completions in their data.
@@ -7,16 +7,13 @@ Runs on the CPU everywhere (the models are too small to gain from a GPU) and lea
 """
 
 import contextlib
-import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -30,6 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 from . import steering, world
+from .cache import build_once
 
 RECIPE_VERSION = 2
 """Part of the cache folder's name. Raise it with every change that alters the world, the models or their training."""
@@ -132,16 +130,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_checkpoints(cache: bool = True) -> Checkpoints:
     """Train the tiny world's models, or find them in the cache.
 
-    They are kept in `tiny-world-v<RECIPE_VERSION>-transformers<major>` under the folder that the environment variable
-    `TRL_CDR_CACHE` names, else under `trl-cdr` in `$XDG_CACHE_HOME` or `~/.cache`. They are built in a temporary folder
-    beside it that is renamed at the end: a killed build leaves no half of a cache, and of two builds at once one wins.
-    One recipe gives the same bits at every build on a machine.
+    They are kept in `tiny-world-v<RECIPE_VERSION>-transformers<major>`, see `cache`. One recipe gives the same bits at
+    every build on a machine.
 
     Args:
         cache (`bool`): Take what is cached; `False` builds again and replaces it.
 
     Raises:
-        OSError: the cache folder can't be written.
+        ConfigError: the cache folder can't be written.
     """
     folder = _build_once("tiny-world", RECIPES, cache=cache)
     return Checkpoints(**{recipe.name: folder / recipe.name for recipe in RECIPES})
@@ -160,21 +156,7 @@ def build_plain(*, cache: bool = True) -> Path:
 
 def _build_once(name: str, recipes: Sequence[Recipe], *, cache: bool, **parents: Path) -> Path:
     """The folder with the recipes' checkpoints, each in a folder of its name. `parents` are checkpoints from before."""
-    # transformers 4 can't load a tokenizer that transformers 5 saved, so each has its own.
-    folder = _cache_folder() / f"{name}-v{RECIPE_VERSION}-transformers{transformers.__version__.split('.')[0]}"
-    if not (cache and folder.is_dir()):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as scratch:
-            built = Path(scratch) / "built"
-            _build(built, recipes, parents)
-            if not cache and folder.is_dir():
-                folder.rename(Path(scratch) / "replaced")
-            try:
-                built.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was first, with the same recipe
-                    raise
-    return folder
+    return build_once(f"{name}-v{RECIPE_VERSION}", lambda folder: _build(folder, recipes, parents), cache=cache)
 
 
 def sample(
@@ -238,12 +220,6 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _cache_folder() -> Path:
-    if chosen := os.environ.get("TRL_CDR_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-cdr"
 
 
 def _build(folder: Path, recipes: Sequence[Recipe], parents: Mapping[str, Path]) -> None:
