@@ -14,7 +14,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from ..config import CDRConfig
 from ..errors import ConfigError, InputError
@@ -178,13 +177,15 @@ def _summarise(scores: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
 
 
 def _print_summary(summary: dict[str, Any], path: Path) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("rows scored", f"{summary['scored']} of {summary['rows']}")
     mean = summary["value"]["mean"]
-    table.add_row("mean log-ratio", "-" if mean is None else f"{mean:+.3f} nats")
-    table.add_row("completion tokens", f"{summary['tokens']:,}")
-    table.add_row("seconds", f"{summary['seconds']:.1f}")
-    for reason, count in summary["unscorable"].items():
-        table.add_row(f"unscorable ({count})", reason)
-    table.add_row("written to", str(path))
-    Console().print(table)
+    lines = [
+        ("rows scored", f"{summary['scored']} of {summary['rows']}"),
+        ("mean log-ratio", "-" if mean is None else f"{mean:+.3f} nats"),
+        ("completion tokens", f"{summary['tokens']:,}"),
+        ("seconds", f"{summary['seconds']:.1f}"),
+        *((f"unscorable ({count})", reason) for reason, count in summary["unscorable"].items()),
+        ("written to", str(path)),
+    ]
+    width = max(len(label) for label, _ in lines)
+    for label, text in lines:
+        print(f"{label:{width}}  {text}")
