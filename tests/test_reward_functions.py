@@ -37,7 +37,7 @@ def test_rewards_by_name():
 
 
 @pytest.mark.parametrize(
-    "name", ["get_soft_overlong_punishment", "trl.rewards.get_repetition_penalty_reward", "trl_cdr.CDRReward", "os.sep"]
+    "name", ["get_soft_overlong_punishment", "trl.rewards.get_soft_overlong_punishment", "trl_cdr.CDRReward", "os.sep"]
 )
 def test_what_is_no_reward_function(name):
     with pytest.raises(ConfigError, match=f"reward_funcs has {name!r}, which is no reward function"):

@@ -156,6 +156,7 @@ def test_a_job_that_may_be_stopped_starts_anew_where_no_checkpoint_is(options, r
     assert f"no checkpoint in {options['output_dir']}: starting anew" in capsys.readouterr().err
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", TRAINERS)
 def test_several_rewards_from_yaml(name, options, run, tmp_path, monkeypatch, capsys):
     """Two objectives that share the pair, one of TRL's own, and one of the user's, found from the working directory."""
@@ -284,6 +285,7 @@ def test_online_dpo_can_not_evaluate(options, refused):
     assert "eval_strategy is 'steps', and TRL's OnlineDPOTrainer can't evaluate" in refused(options)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("command", ["train", "score"])
 @pytest.mark.parametrize(
     ("content", "message"),
