@@ -63,7 +63,10 @@ def test_the_yaml_is_read_to_the_last_key(tmp_path):
     assert read_environment(trls.pop("env")) == CDRConfig(ours["cdr_strong"], ours["cdr_weak"])
     path = tmp_path / "run.yaml"
     assert len(several["reward_weights"]) == len(several["cdr_objectives"] + several["reward_funcs"])
-    for given, kinds in ((ours | several, (ScriptArguments, TrainArguments, CDRConfig)), (trls, (GRPOScriptArguments,))):
+    for given, kinds in (
+        (ours | several, (ScriptArguments, TrainArguments, CDRConfig)),
+        (trls, (GRPOScriptArguments,)),
+    ):
         path.write_text(yaml.safe_dump(given))
         parser = TrlParser((GRPOConfig, ModelConfig, *kinds))
         *_, unknown = parser.parse_args_and_config(

@@ -272,6 +272,14 @@ def test_what_is_refused_before_weights_are_loaded(change, message, options, ref
     assert message in refused({key: value for key, value in options.items() if value is not None})
 
 
+def test_what_the_trainer_refuses_is_one_line(options, refused, tmp_path):
+    folder = shutil.copytree(options["model_name_or_path"], tmp_path / "policy")
+    (folder / "model.safetensors").unlink()
+    err = refused({**options, **TRAINERS["grpo"], "model_name_or_path": str(folder)})
+    assert "trl-cdr train: trainer grpo can't be made: " in err.splitlines()[-1]
+    assert "model.safetensors" in err.splitlines()[-1]
+
+
 def test_a_pair_without_a_tokenizer(options, refused, tmp_path):
     folder = shutil.copytree(options["cdr_weak"], tmp_path / "weak")
     for path in folder.glob("*token*"):

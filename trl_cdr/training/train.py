@@ -19,7 +19,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from .._compat import end_training, trust_remote_code
 from ..conditioning.router import COLUMN
 from ..config import CDRConfig
-from ..errors import ConfigError
+from ..errors import CDRError, ConfigError
 from ..scoring.checkpoint import read_config, weights_mb
 from ..scoring.pair import load_tokenizer
 from .callback import CDRCallback
@@ -146,16 +146,7 @@ def train(
     _say(f"loading the pair: strong {_with_size(cdr_args.cdr_strong)}, weak {_with_size(cdr_args.cdr_weak)}")
     objectives[0].scorer.load()
     _say(f"loading the policy: {_with_size(policy)}")
-    training_args.model_init_kwargs = _model_init_kwargs(arguments, training_args, model_args)
-    trainer = arguments.trainer_class(
-        model=policy,
-        reward_funcs=rewards,
-        args=training_args,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1] if is_evaluated else None,
-        processing_class=_load_tokenizer(arguments, training_args, model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    trainer = _make_trainer(arguments, training_args, model_args, rewards, datasets)
     for reward in objectives:
         trainer.add_callback(CDRCallback(reward, trainer))
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -239,6 +230,27 @@ def _say(text: str) -> None:
 def _with_size(name: str) -> str:
     size = weights_mb(name)
     return name if size is None else f"{name} ({size:,.1f} MB)"
+
+
+def _make_trainer(
+    arguments: TrainArguments, training_args: Any, model_args: ModelConfig, rewards: list[Any], datasets: list[Any]
+) -> Any:
+    """The trainer with its policy. `datasets`: to train on, and maybe to evaluate on."""
+    training_args.model_init_kwargs = _model_init_kwargs(arguments, training_args, model_args)
+    try:
+        return arguments.trainer_class(
+            model=model_args.model_name_or_path,
+            reward_funcs=rewards,
+            args=training_args,
+            train_dataset=datasets[0],
+            eval_dataset=datasets[1] if len(datasets) > 1 else None,
+            processing_class=_load_tokenizer(arguments, training_args, model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except CDRError:
+        raise
+    except (ImportError, OSError, ValueError) as error:  # how TRL and transformers refuse arguments, and lack weights
+        raise ConfigError(f"trainer {arguments.trainer} can't be made: {' '.join(str(error).split())}") from error
 
 
 def _model_init_kwargs(arguments: TrainArguments, training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
