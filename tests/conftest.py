@@ -1,4 +1,7 @@
-"""No test reaches a network; the demo's models are built once a session, in a folder of its own."""
+"""No test reaches a network or rests on a draw; the demo's models are built once a session, in a folder of its own.
+
+`HYPOTHESIS_PROFILE=nightly` searches with fresh seeds, and longer.
+"""
 
 import os
 
@@ -8,7 +11,14 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tiny import byte_tokenizer, llama
+
+# A clone's first run is every run: the same examples, no clock, nothing remembered.
+NO_CLOCK = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", derandomize=True, database=None, **NO_CLOCK)
+settings.register_profile("nightly", max_examples=2000, **NO_CLOCK)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="session", autouse=True)

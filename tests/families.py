@@ -1,4 +1,6 @@
-"""Architectures, each built tiny from its config, and the way in which each of them runs."""
+"""Architectures, each built tiny from its config, the way in which each of them runs, and rows for them."""
+
+import random
 
 import torch
 from transformers import (
@@ -14,8 +16,12 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
@@ -30,6 +36,8 @@ from transformers import (
     MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -38,12 +46,22 @@ from transformers import (
     Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
+
+from trl_cdr.scoring.encoding import Row
 
 try:
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 except ImportError:  # transformers 4.56 does not know it
     Qwen3NextForCausalLM = None
+try:
+    from transformers import Olmo3Config, Olmo3ForCausalLM
+except ImportError:  # nor this
+    Olmo3ForCausalLM = None
 
 V = 61
 _SMALL = {
@@ -82,6 +100,9 @@ FAMILIES = {
     ),
     "Qwen2-MoE": (Qwen2MoeForCausalLM, Qwen2MoeConfig, _MOE, "packed"),
     "Qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8}, "packed"),
+    "Qwen3-MoE": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {**_MOE, "head_dim": 8}, "packed"),
+    "SmolLM3": (SmolLM3ForCausalLM, SmolLM3Config, {"no_rope_layers": [1, 0]}, "packed"),
+    "Gemma": (GemmaForCausalLM, GemmaConfig, {"head_dim": 8}, "packed"),
     "Gemma 2": (
         Gemma2ForCausalLM,
         Gemma2Config,
@@ -102,9 +123,16 @@ FAMILIES = {
     "Granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 4.0}, "packed"),
     "Cohere": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.3}, "packed"),
     "Cohere 2": (Cohere2ForCausalLM, Cohere2Config, _mixed_layers(logit_scale=0.3), "packed"),
+    "OLMo": (OlmoForCausalLM, OlmoConfig, {}, "packed"),
     "OLMo 2": (Olmo2ForCausalLM, Olmo2Config, {}, "packed"),
     "GPT-2": (GPT2LMHeadModel, GPT2Config, {}, "packed"),
     "GPT-NeoX": (GPTNeoXForCausalLM, GPTNeoXConfig, {}, "packed"),
+    "GPT-Neo": (  # its local layers see a window of places in the sequence
+        GPTNeoForCausalLM,
+        GPTNeoConfig,
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": _WINDOW},
+        "padded",
+    ),
     "BLOOM": (BloomForCausalLM, BloomConfig, {}, "padded"),
     "Mamba": (MambaForCausalLM, MambaConfig, {"state_size": 8}, "padded"),
     "Bamba": (
@@ -114,6 +142,8 @@ FAMILIES = {
         "padded",
     ),
 }
+if Olmo3ForCausalLM is not None:
+    FAMILIES["OLMo 3"] = (Olmo3ForCausalLM, Olmo3Config, _mixed_layers(), "packed")
 if Qwen3NextForCausalLM is not None:
     FAMILIES["Qwen3-Next"] = (
         Qwen3NextForCausalLM,
@@ -137,3 +167,16 @@ def build_family(name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return model_class(config_class(**{**_SMALL, **differs})).eval()
+
+
+def random_rows(seed, *, num_prefix, num_ids=V):
+    """Prompts behind a common prefix, two of them long, shared by some completions, of odd lengths."""
+    rng = random.Random(seed)
+
+    def draw(shortest, longest):
+        return tuple(rng.randrange(num_ids) for _ in range(rng.randint(shortest, longest)))
+
+    prefix = draw(num_prefix, num_prefix)
+    prompts = [prefix + draw(*lengths) for lengths in ((1, 9), (1, 9), (1, 9), (40, 60), (70, 90))]
+    completions = [draw(1, 17) for _ in range(12)]
+    return [Row(prompts[index % len(prompts)], completion) for index, completion in enumerate(completions)]

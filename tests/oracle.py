@@ -13,6 +13,13 @@ def completion_logps(model, prompt_ids, completion_ids) -> torch.Tensor:
     return torch.stack([logps[len(prompt_ids) + i - 1, token] for i, token in enumerate(completion_ids)]).cpu()
 
 
+def assert_naive(model, rows, results, atol=1e-4):
+    """Each row's log-probabilities are the oracle's."""
+    for row, logps in zip(rows, results, strict=True):
+        expected = completion_logps(model, row.prompt_ids, row.completion_ids)
+        torch.testing.assert_close(logps.double(), expected, rtol=0, atol=atol)
+
+
 def typicality(model, prompt_ids, completion_ids) -> float:
     """Surplus of the log-probabilities over their means, per standard deviation, float64."""
     ids = torch.tensor([[*prompt_ids, *completion_ids]], device=model.device)

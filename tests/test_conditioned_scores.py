@@ -57,22 +57,49 @@ def test_empty_conditioning_is_exactly_the_plain_ratio(strong, weak, tokenizer):
     assert [score.value for score in empty.score(PROMPTS, COMPLETIONS)] == [score.value for score in plain]
 
 
-def test_the_conditioning_is_run_once_for_all_calls(long_pair, tokenizer):
-    strong, weak = long_pair
-    scorer = make(DensityRatioScorer, strong, weak, tokenizer, criteria=CRITERIA, domain="lazy")
-    scorer.load()
+@pytest.fixture
+def long_checkpoints(tmp_path, long_pair, tokenizer):
+    for role, model in zip(("strong", "weak"), long_pair, strict=True):
+        model.save_pretrained(tmp_path / role)
+        tokenizer.save_pretrained(tmp_path / role)
+    return {role: str(tmp_path / role) for role in ("strong", "weak")}
+
+
+def strong_forwards(scorer):
+    """The lengths of all later forwards of the strong model."""
+    lengths = []
+    scorer._source.get().strong.lm.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    return lengths
+
+
+def test_the_conditioning_is_run_once_for_all_calls(long_checkpoints):
+    scorer = DensityRatioScorer(**long_checkpoints, criteria=CRITERIA, domain="lazy")
     scorer.score([chat("hello")], ["x"])  # the check at load is over, and the conditioning is kept
-    seen = []
-    hook = strong.model.register_forward_hook(lambda module, args, kwargs, out: seen.append(kwargs), with_kwargs=True)
+    lengths = strong_forwards(scorer)
     cold = scorer.score([chat("the dog"), chat("what")], ["is", "this"])
     single = scorer.score([chat("the dog")], ["is"])
-    hook.remove()
-    assert all(kwargs["input_ids"].numel() < 80 for kwargs in seen)  # a row whole has more than a hundred
-    assert len(seen) == 2
+    assert len(lengths) == 2
+    assert max(lengths) < 80  # a row whole has more than a hundred
     assert single[0].value == pytest.approx(cold[0].value, abs=1e-4)
-    fresh = make(DensityRatioScorer, strong, weak, tokenizer, criteria=CRITERIA, domain="lazy")
+    fresh = DensityRatioScorer(**long_checkpoints, criteria=CRITERIA, domain="lazy")
     again = fresh.score([chat("the dog"), chat("what")], ["is", "this"])
     assert [score.value for score in again] == [score.value for score in cold]  # the same bits, cold or warm
+
+
+def test_nothing_of_models_that_the_caller_holds_is_kept_between_calls(long_pair, tokenizer):
+    """Nobody says when he has trained them."""
+    strong, weak = long_pair
+    scorer = make(DensityRatioScorer, strong, weak, tokenizer, criteria=CRITERIA, domain="lazy")
+    scorer.score([chat("hello")], ["x"])
+    for parameter in strong.parameters():
+        parameter.data.mul_(0.5)
+    [again] = scorer.score([chat("hello")], ["x"])
+    [fresh] = make(DensityRatioScorer, strong, weak, tokenizer, criteria=CRITERIA, domain="lazy").score(
+        [chat("hello")], ["x"]
+    )
+    assert again.value == fresh.value
 
 
 def test_the_likelihood_router(long_pair, tokenizer):

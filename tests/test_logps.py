@@ -24,7 +24,7 @@ def test_token_logps_equals_log_softmax_in_float64(count, vocab, dtype):
 @pytest.mark.parametrize("count", [0, 1, 6, 7, 8, 50])
 def test_chunks_change_nothing_and_bound_the_logits(monkeypatch, count):
     vocab, at_once = 11, 7
-    monkeypatch.setattr(logps, "LOGITS_PER_CHUNK", at_once * vocab + vocab - 1)
+    monkeypatch.setattr(logps, "CPU_LOGITS", at_once * vocab + vocab - 1)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(count, 5, generator=generator), torch.randn(vocab, 5, generator=generator)
     targets = torch.randint(vocab, (count,), generator=generator)
@@ -41,9 +41,15 @@ def test_chunks_change_nothing_and_bound_the_logits(monkeypatch, count):
 
 
 def test_a_vocabulary_larger_than_a_chunk_still_runs(monkeypatch):
-    monkeypatch.setattr(logps, "LOGITS_PER_CHUNK", 3)
+    monkeypatch.setattr(logps, "CPU_LOGITS", 3)
     hidden = torch.eye(4)
     assert head_logps(hidden, torch.arange(4), lambda states: states, vocab_size=4).shape == (4,)
+
+
+def test_chunks_are_sized_by_device():
+    """An accelerator reads the head anew for each: at V = 152k some 440 positions, not 55."""
+    rows = {kind: logps.logits_per_chunk(torch.device(kind)) // 151_936 for kind in ("cpu", "cuda")}
+    assert rows == {"cpu": 55, "cuda": 441}
 
 
 def statistics_in_float64(logits, targets):
@@ -84,7 +90,7 @@ def test_certain_and_uniform_positions_have_no_spread(vocab):
 
 
 def test_statistics_come_in_chunks_too(monkeypatch):
-    monkeypatch.setattr(logps, "LOGITS_PER_CHUNK", 20)
+    monkeypatch.setattr(logps, "CPU_LOGITS", 20)
     logits, targets = torch.randn(9, 7, generator=torch.Generator().manual_seed(1)), torch.arange(9) % 7
     chunked = head_logps(logits, targets, lambda states: states, vocab_size=7, reduce=token_statistics)
     torch.testing.assert_close(chunked, token_statistics(logits, targets))

@@ -2,15 +2,35 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trl_cdr.scoring import packing
 from trl_cdr.scoring.encoding import Row
-from trl_cdr.scoring.packing import MIN_PREFIX, Layout, common_prefix, plan_batches, plan_packs, visible
+from trl_cdr.scoring.packing import (
+    MIN_PREFIX,
+    Layout,
+    PackLimits,
+    common_prefix,
+    group_rows,
+    plan_batches,
+    plan_packs,
+    visible,
+)
 
 tokens = st.integers(0, 3)  # few, so that prompts and completions repeat
 completion = st.lists(tokens, min_size=1, max_size=9).map(tuple)
 prompts = st.lists(st.lists(tokens, min_size=1, max_size=6).map(tuple), min_size=1, max_size=4)
+
+
+def limits(tokens, good_tokens=None, entries=10**12):
+    return PackLimits(tokens=tokens, entries=entries, good_tokens=good_tokens or tokens)
+
+
+@pytest.fixture(params=[2, MIN_PREFIX], ids=["stems", "no stems"])
+def shortest_stem(request, monkeypatch):
+    """Prompts here are short: as long as these, and a tree that is too large is cut at its fork."""
+    monkeypatch.setattr(packing, "MIN_PREFIX", request.param)
 
 
 @st.composite
@@ -22,13 +42,16 @@ def calls(draw):
     return [Row(prefix + draw(st.sampled_from(choices)), draw(completion)) for _ in range(count)], len(prefix)
 
 
-@settings(deadline=None)
 @given(calls(), st.integers(1, 40), st.sampled_from([None, 1, 2, 5]))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@pytest.mark.usefixtures("shortest_stem")
 def test_a_packed_row_is_the_row_run_alone(call, max_tokens, window):
-    rows, num_prefix = call
-    packs = plan_packs(rows, max_tokens=max_tokens, good_tokens=max_tokens, num_prefix=num_prefix)
+    rows, num_constant = call
+    packs = plan_packs(rows, limits(max_tokens), num_prefix=num_constant)
     assert sorted(index for pack in packs for index in pack.rows) == list(range(len(rows)))
     for pack in packs:
+        num_prefix = num_constant + len(pack.stem)
+        assert {rows[index].prompt_ids[num_constant:num_prefix] for index in pack.rows} <= {pack.stem, ()}
         seen = visible(pack, num_prefix=num_prefix, window=window)
         assert seen.shape == (len(pack.ids), num_prefix + len(pack.ids))
         ends = torch.tensor(pack.counts).cumsum(0).tolist()
@@ -48,35 +71,64 @@ def test_a_packed_row_is_the_row_run_alone(call, max_tokens, window):
                 assert pack.ids[own].tolist() == list(row.ids[max(first, num_prefix) : position + 1])
 
 
-@settings(deadline=None)
 @given(calls(), st.integers(1, 40))
 def test_packs_are_full_unique_and_deterministic(call, max_tokens):
     rows, num_prefix = call
-    packs = plan_packs(rows, max_tokens=max_tokens, good_tokens=max_tokens, num_prefix=num_prefix)
+    packs = plan_packs(rows, limits(max_tokens), num_prefix=num_prefix)
     for pack in packs:
         assert len(pack.ids) <= max_tokens or len(pack.rows) == 1
-    unlimited = plan_packs(rows, max_tokens=10**6, good_tokens=10**6, num_prefix=num_prefix)
+    unlimited = plan_packs(rows, limits(10**6), num_prefix=num_prefix)
     assert len(unlimited) == 1
     distinct = {row.prompt_ids for row in rows}
     unique = sum(len(prompt) - num_prefix for prompt in distinct) + sum(len(row.completion_ids) - 1 for row in rows)
     assert len(unlimited[0].ids) == unique
-    again = plan_packs(list(rows), max_tokens=max_tokens, good_tokens=max_tokens, num_prefix=num_prefix)
+    again = plan_packs(list(rows), limits(max_tokens), num_prefix=num_prefix)
     assert [pack.ids.tolist() for pack in again] == [pack.ids.tolist() for pack in packs]
 
 
 def test_a_tree_that_is_too_large_is_split_by_its_completions():
     rows = [Row((1, 2, 3), (4,) * length) for length in (5, 3, 7, 3)]
-    packs = plan_packs(rows, max_tokens=9, good_tokens=9, num_prefix=0)
+    packs = plan_packs(rows, limits(9), num_prefix=0)
     assert [pack.rows for pack in packs] == [(0, 1), (2,), (3,)]
     assert [len(pack.ids) for pack in packs] == [9, 9, 5]
 
 
+def test_a_tree_with_a_long_prompt_is_cut_at_its_fork():
+    long = tuple(range(MIN_PREFIX + 1))
+    rows = [Row((50, 60, *long), (4,) * 4) for _ in range(4)] + [Row((50, 60, 1), (4,) * 4)]
+    stemmed, other = plan_packs(rows, limits(MIN_PREFIX), num_prefix=2)
+    assert (stemmed.stem, other.stem) == (long[:-1], ())
+    assert stemmed.ids.tolist() == [long[-1], *[4] * 12]
+    assert stemmed.positions.tolist() == [2 + MIN_PREFIX, *[3 + MIN_PREFIX, 4 + MIN_PREFIX, 5 + MIN_PREFIX] * 4]
+    assert other.rows == (4,)
+
+
+def test_limits_bound_what_a_mask_holds_and_what_is_seen():
+    assert limits(100, entries=25).most(0) == 5
+    assert limits(100, entries=36).most(5) == 4  # 4 x (5 + 4)
+    assert limits(3, entries=36).most(5) == 3
+    assert limits(100, entries=1).most(50) == 1
+    assert PackLimits(tokens=100, entries=10**6, good_tokens=100, seen=60).most(20) == 40
+
+
+def test_a_prompt_that_is_nothing_but_its_conditioning_keeps_a_token_of_its_own():
+    """The last token predicts: it is no part of what is run apart."""
+    constant = tuple(range(MIN_PREFIX))
+    rows = [Row(constant, (7, 8)), Row((*constant, 5), (7, 8))]
+    groups = group_rows(rows, [constant, constant])
+    assert [(group.indices, group.layout.constant) for group in groups] == [((0,), ()), ((1,), constant)]
+    for group in groups:
+        for pack in group.layout.packs(limits(100)):
+            assert min(pack.predicting.tolist()) >= 0
+            assert -1 in pack.branch.tolist()  # a token of the prompt
+
+
 def test_trees_share_a_pack_only_up_to_a_good_size():
     rows = [Row((prompt, 2, 3), (4,) * 4) for prompt in range(4)]
-    packs = plan_packs(rows, max_tokens=100, good_tokens=13, num_prefix=0)
+    packs = plan_packs(rows, limits(100, 13), num_prefix=0)
     assert [len(pack.ids) for pack in packs] == [12, 12]
     large = [Row((1, 2, 3), (4,) * 4) for _ in range(4)]  # one tree is not split for it
-    assert [len(pack.ids) for pack in plan_packs(large, max_tokens=100, good_tokens=5, num_prefix=0)] == [15]
+    assert [len(pack.ids) for pack in plan_packs(large, limits(100, 5), num_prefix=0)] == [15]
 
 
 PREFIX = tuple(range(100, 100 + MIN_PREFIX))
@@ -100,7 +152,7 @@ def test_common_prefix(tails, length):
 
 
 def test_no_rows():
-    assert Layout([]).packs(10, 10) == []
+    assert Layout([]).packs(limits(10)) == []
     assert Layout([]).prefix == ()
 
 

@@ -1,10 +1,16 @@
 """What is refused before and while a pair is loaded."""
 
+import json
+
 import pytest
 import torch
 from tiny import byte_tokenizer, llama
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from trl_cdr import ConfigError, DensityRatioScorer, ModelError
+from trl_cdr.scoring import loading, pair
+from trl_cdr.scoring.encoding import Encoder
 
 
 def test_sources_are_checked_before_anything_is_loaded(strong, tokenizer):
@@ -73,6 +79,82 @@ def test_an_added_token_beyond_the_embeddings_is_a_row_s_reason(strong, weak):
     good, bad = scorer.score(["hello", "[IMAGE]"], ["a", "a"])
     assert good.error is None
     assert "the row holds the token id 322, for which LlamaForCausalLM has no embedding" in bad.error
+
+
+@pytest.mark.parametrize("smaller", ["strong", "weak"])
+def test_an_id_that_only_one_model_has_is_a_row_s_reason(smaller):
+    """Both read alike, so that a row is encoded once; on an accelerator the lookup would end the process."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["[IMAGE]"])
+    models = {
+        role: llama(len(tokenizer) - (role == smaller), seed=seed) for seed, role in enumerate(("strong", "weak"))
+    }
+    scorer = DensityRatioScorer(**models, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer)
+    assert scorer.describe()["reads_alike"]
+    by_prompt, good, by_completion = scorer.score(["[IMAGE]", "hello", "hello"], ["a", "a", "[IMAGE]"])
+    assert good.error is None
+    for bad in (by_prompt, by_completion):
+        assert "the row holds the token id 322, for which LlamaForCausalLM has no embedding" in bad.error
+
+
+def test_a_token_that_the_head_lacks_is_a_row_s_reason(weak):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["[IMAGE]"])
+    strong = llama(len(tokenizer))
+    strong.lm_head.weight = torch.nn.Parameter(strong.lm_head.weight[:-1])
+    scorer = DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer)
+    [score] = scorer.score(["hello"], ["[IMAGE]"])
+    assert "token id 322" in score.error
+
+
+def test_whether_a_pair_reads_alike_is_decided_once(strong, weak, tokenizer, monkeypatch):
+    asked = []
+    is_like = Encoder.is_like
+    monkeypatch.setattr(Encoder, "is_like", lambda self, other: asked.append(1) or is_like(self, other))
+    scorer = DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer)
+    for _ in range(2):
+        scorer.score(["hello"] * 5, list("abcde"))
+    assert len(asked) == 1
+
+
+def test_each_model_is_loaded_at_its_revision(checkpoints, monkeypatch):
+    loaded = {}
+    load, load_tokenizer = loading.AutoModelForCausalLM.from_pretrained, pair.AutoTokenizer.from_pretrained
+
+    def take(name, kind, kwargs):
+        loaded[name, kind] = kwargs.pop("revision")
+        return kwargs
+
+    monkeypatch.setattr(
+        loading.AutoModelForCausalLM, "from_pretrained", lambda name, **kw: load(name, **take(name, "model", kw))
+    )
+    monkeypatch.setattr(
+        pair.AutoTokenizer, "from_pretrained", lambda name, **kw: load_tokenizer(name, **take(name, "tokenizer", kw))
+    )
+    DensityRatioScorer(**checkpoints, strong_revision="aligned", weak_revision="base").load()
+    revisions = {"strong": "aligned", "weak": "base"}
+    assert loaded == {
+        (checkpoints[role], kind): revisions[role] for role in revisions for kind in ("model", "tokenizer")
+    }
+
+
+def test_per_token_ratios_need_a_shared_vocabulary(strong):
+    """Equal ids may stand for different tokens."""
+    tokenizer, other = byte_tokenizer(), byte_tokenizer()
+    spec = json.loads(other.backend_tokenizer.to_str())
+    vocabulary = spec["model"]["vocab"]
+    vocabulary["q"], vocabulary["z"] = vocabulary["z"], vocabulary["q"]  # the text below has neither
+    weak = llama(len(tokenizer), seed=1)
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
+    other.chat_template = tokenizer.chat_template
+    scorer = DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=other)
+    [score] = scorer.score(["hello"], ["world"])
+    assert score.error is None
+    assert score.per_token is None
+    same = DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer)
+    assert same.score(["hello"], ["world"])[0].per_token is not None
 
 
 def test_the_same_name_twice_is_legitimate_and_said(checkpoints, caplog):

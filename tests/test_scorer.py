@@ -3,6 +3,7 @@
 import pickle
 import random
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -484,12 +485,15 @@ def test_groups_behind_a_common_prefix_equal_the_naive_reference(strong, weak, t
     torch.testing.assert_close([score.value for score in first], expected, rtol=0, atol=1e-4)
 
 
-def test_unload_lets_go_of_the_pair(checkpoints):
+def test_unload_lets_go_of_the_pair_for_all_who_share_it(checkpoints):
     scorer = DensityRatioScorer(checkpoints["strong"], checkpoints["weak"])
-    before = values(scorer.score(*rows()))
+    other = DensityRatioScorer(share=scorer, reduction="mean")
+    before = [values(each.score(*rows())) for each in (scorer, other)]
+    models = [weakref.ref(member.lm.model) for member in (scorer._source.get().strong, scorer._source.get().weak)]
     scorer.unload()
-    assert scorer._reader is None
-    assert torch.equal(values(scorer.score(*rows())), before)
+    assert [model() for model in models] == [None, None]
+    for each, expected in zip((scorer, other), before, strict=True):
+        assert torch.equal(values(each.score(*rows())), expected)
 
 
 def test_describe(strong, weak, tokenizer):

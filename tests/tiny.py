@@ -96,3 +96,17 @@ def chat(*turns: str) -> list[dict[str, str]]:
 
 def answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
+
+
+def scarce(monkeypatch, way, *, most, error=None):
+    """Let a way of running rows fail with more than `most` of them, as a GPU does; returns the sizes tried."""
+    sizes, run = [], way.run
+
+    def limited(self, layout, job, *reduce):
+        sizes.append(len(job.rows))
+        if len(job.rows) > most:
+            raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return run(self, layout, job, *reduce)
+
+    monkeypatch.setattr(way, "run", limited)
+    return sizes

@@ -8,7 +8,6 @@ plain     unmasked forwards over ours' own tokens behind the same cached prefix,
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from rich.table import Table
 from torch import Tensor
 
 from ..scoring.causal_lm import CausalLM
-from ..scoring.forward import Packed
 from ..scoring.logps import token_logps, token_statistics
-from ..scoring.packing import Layout
+from ..scoring.packed import Packed
+from ..scoring.packing import Layout, PackLimits
 from .measure import MB, Cost, describe_machine, matrix_rate, measure
 from .naive import naive_logps
 from .workloads import WORKLOADS, Shape, build_model
@@ -45,12 +44,23 @@ def load_pair(model: str, names: tuple[str, str] | None, *, dtype: str, attentio
         dtype = "bfloat16" if device == "cuda" else "float32"
     if names is not None:
         return [
-            CausalLM.load(name, role, dtype=dtype, device=device, init_kwargs={"attn_implementation": attention})
+            CausalLM.load(
+                name,
+                role,
+                dtype=dtype,
+                device=device,
+                init_kwargs={"attn_implementation": attention},
+                prefix_cache_tokens=TOKEN_BUDGET,
+            )
             for name, role in zip(names, ("strong", "weak"), strict=True)
         ]
     torch_dtype = getattr(torch, dtype)
     return [
-        CausalLM(build_model(model, seed=seed, device=device, dtype=torch_dtype, attention=attention), role)
+        CausalLM(
+            build_model(model, seed=seed, device=device, dtype=torch_dtype, attention=attention),
+            role,
+            prefix_cache_tokens=TOKEN_BUDGET,
+        )
         for seed, role in enumerate(("strong", "weak"))
     ]
 
@@ -66,8 +76,9 @@ def run_workload(name: str, pair: Sequence[CausalLM], *, runs: int = 5) -> dict[
 
     Returns:
         `dict`: `machine`, `weights_mb`, `matrix_tflops`, `ways` (how each model runs), and `cases`: for each shape
-        `label`, `tokens.unique`, `tokens.padded`, `seconds.*` (`ours`, `cold`, `gated`, `padded`, `naive`, `plain`),
-        `tokens_per_second`, `matrix_share` (of ours, unique tokens), `peak_mb.*` (as `seconds.*`, without `cold`),
+        `label`, `tokens.unique`, `tokens.run`, `tokens.padded`, `seconds.*` (`ours`, `cold`, `gated`, `padded`,
+        `naive`, `plain`), `tokens_per_second`, `matrix_share` (of ours, unique tokens), `peak_mb.*` (as `seconds.*`,
+        without `cold`),
         `speed.*` (`gated`, `naive`, `padded`, `plain`: their seconds over ours, the median of the runs' ratios) and
         `max_difference` from the naive way (nats a token).
     """
@@ -93,6 +104,7 @@ def print_workload(result: dict[str, Any]) -> None:
     headings = [
         "prompts x completions",
         "unique",
+        "run",
         "padded",
         "ours s",
         "cold s",
@@ -108,8 +120,7 @@ def print_workload(result: dict[str, Any]) -> None:
         seconds, speed = case["seconds"], case["speed"]
         table.add_row(
             case["label"],
-            f"{case['tokens']['unique']:,}",
-            f"{case['tokens']['padded']:,}",
+            *(f"{case['tokens'][kind]:,}" for kind in ("unique", "run", "padded")),
             f"{seconds['ours']:.3g}",
             f"{seconds['cold']:.3g}",
             *(f"{speed[way]:.2f}x" for way in ("gated", "naive", "padded", "plain")),
@@ -130,18 +141,20 @@ def print_workload(result: dict[str, Any]) -> None:
 
 def _run_shape(shape: Shape, pair: Sequence[CausalLM], *, device: str, runs: int) -> dict[str, Any]:
     rows = shape.rows(min(lm.num_embeddings for lm in pair))
-    layout = Layout(rows)
+    # What stands before all rows is a conditioning's: it serves other calls too.
+    constant = rows[0].prompt_ids[: shape.prefix]
+    layout = Layout(rows, constant=constant)
     packed = [Packed(lm.decoder, prefix_cache_tokens=TOKEN_BUDGET) for lm in pair]
     kept: dict[int, list[Tensor]] = {}
     expected: dict[int, list[Tensor]] = {}
 
     def ours() -> None:
-        fresh = Layout(rows)  # planning is part of the cost
+        fresh = Layout(rows, constant=constant)  # planning is part of the cost
         for place, lm in enumerate(pair):
             kept[place] = lm.per_token_logps(fresh, token_budget=TOKEN_BUDGET)
 
     def gated() -> None:
-        fresh = Layout(rows)
+        fresh = Layout(rows, constant=constant)
         for lm, reduce in zip(pair, (token_statistics, token_logps), strict=True):
             lm.per_token_logps(fresh, token_budget=TOKEN_BUDGET, reduce=reduce)
 
@@ -170,13 +183,18 @@ def _run_shape(shape: Shape, pair: Sequence[CausalLM], *, device: str, runs: int
 def _summarise(
     shape: Shape, pair: Sequence[CausalLM], layout: Layout, costs: dict[str, Cost], *, difference: float
 ) -> dict[str, Any]:
-    unique = sum(len(pack.ids) for pack in layout.packs(10**9, 10**9))
+    unlimited = PackLimits(tokens=2**40, entries=2**80, good_tokens=2**40)
+    unique = sum(len(pack.ids) for pack in layout.packs(unlimited))
     completion = sum(len(row.completion_ids) for row in layout.rows)
     flops = sum(_flops(lm, unique, completion) for lm in pair)
     ours = costs["ours"].warm
     return {
         "label": shape.label,
-        "tokens": {"unique": unique, "padded": len(layout.rows) * max(len(row.ids) for row in layout.rows)},
+        "tokens": {
+            "unique": unique,
+            "run": pair[0].count_tokens(layout, token_budget=TOKEN_BUDGET),
+            "padded": len(layout.rows) * max(len(row.ids) for row in layout.rows),
+        },
         "seconds": {way: cost.warm for way, cost in costs.items()} | {"cold": costs["ours"].cold},
         "tokens_per_second": len(pair) * unique / ours,
         "flops_per_second": flops / ours,
@@ -198,9 +216,9 @@ def _plain(lm: CausalLM, packed: Packed, layout: Layout) -> None:
     """The packs' tokens as plain causal text: what they would cost if they needed no mask and no planning."""
     decoder = lm.decoder
     with torch.inference_mode():
-        cache_of = partial(packed.fill_cache, layout) if layout.prefix else lambda: None
         for job in packed.plan(layout, TOKEN_BUDGET):
             assert job.pack is not None
-            cache = cache_of()
+            cache = packed.fill_cache(layout, job) if layout.prefix or job.pack.stem else None
             hidden = decoder.hidden(job.pack.ids[None], past_key_values=cache, use_cache=cache is not None)
-            decoder.logps(hidden[0, job.pack.predicting.to(decoder.device)], job.pack.targets, job.pack.counts)
+            decoder.logps(hidden[0, job.pack.predicting.to(decoder.device)], job.pack.targets)
+        packed.forget()

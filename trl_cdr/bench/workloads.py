@@ -24,7 +24,8 @@ class Shape:
     @property
     def label(self) -> str:
         """How a table names it."""
-        return f"{self.prompts} x {self.num_generations}, prefix {self.prefix}"
+        before = f"prefix {self.prefix}" if self.prompt == 64 else f"prompts of {self.prompt:,}"
+        return f"{self.prompts} x {self.num_generations}, {before}"
 
     def rows(self, vocab_size: int) -> list[Row]:
         """Random rows of this shape; the same in every run."""
@@ -52,6 +53,13 @@ WORKLOADS: dict[str, tuple[str, list[Shape]]] = {
         [Shape(0, 1, prompts=1), Shape(0, 1, prompts=8), Shape(0, 4, prompts=1), Shape(512, 1)],
     ),
     "linear": ("1, 2, 4 and 8 times the same call", [Shape(512, 4, prompts=count) for count in (1, 2, 4, 8)]),
+    "long": (
+        "long prompts, each with some completions",
+        [
+            *(Shape(0, 4, prompts=1, prompt=prompt, shortest=200, longest=200) for prompt in (500, 2000, 7900)),
+            Shape(0, 8, prompts=2, prompt=3000, shortest=200, longest=200),
+        ],
+    ),
     "head": ("long rows of a large vocabulary", [Shape(0, 1, prompts=16, prompt=64, shortest=448, longest=448)]),
     "large": (
         "batches for a GPU",

@@ -1,34 +1,31 @@
-"""One frozen causal language model: load it, check it, and turn rows into per-token log-probabilities.
+"""One frozen causal language model: check it, and turn rows into per-token log-probabilities.
 
 Knows no prompt, no text and no partner: `encoding` makes the rows, `pair` holds two of these.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import PretrainedConfig
 
-from ..errors import ConfigError, ModelError
-from .encoding import Row
-from .forward import Decoder, Job, OwnLogits, Packed, Padded, Way, why_not_packed
-from .logps import LOGITS_PER_CHUNK, Reduce, token_logps
-from .packing import MIN_PREFIX, Layout
+from ..errors import ModelError
+from .forward import Decoder, Job, OwnLogits, Padded, Way
+from .load_check import FAILURES, LoadCheck, ignores_positions, short_windows
+from .loading import load_model, refuse_encoder_decoder
+from .logps import Reduce, logits_per_chunk, token_logps
+from .packed import Packed, attention_windows, why_not_packed
+from .packing import Layout
 
 logger = logging.getLogger(__name__)
 
 # Packing pays for its mask where it runs at most this share of the tokens that padding would.
 PACKED_SHARE = 0.8
-
-# Largest difference, in nats per token, at which two ways to the same log-probability count as equal.
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 
 
 class CausalLM:
@@ -41,8 +38,9 @@ class CausalLM:
     Args:
         model (`nn.Module`): A decoder with a language-modelling head, from transformers.
         role (`str`): `"strong"` or `"weak"`, for messages.
-        prefix_cache_tokens (`int`, *optional*, defaults to 8192): Tokens of constant prefixes whose keys and values are
-            kept between calls; 0 keeps none.
+        prefix_cache_tokens (`int`, *optional*, defaults to 0): Tokens of constant prefixes whose keys and values are
+            kept between calls. Only for weights that nobody changes: optimizers, callbacks and adapters leave no trace
+            that could be relied on, and keys and values of other weights give wrong scores without a word.
         seed (`int`, *optional*, defaults to 0): Draws the tokens of the check below.
 
     Rows are packed (equal prompts and a common prefix are run once) or padded, whichever runs fewer tokens. That both
@@ -50,10 +48,11 @@ class CausalLM:
     suit takes the padded way only, and one that padding does not suit either runs row by row; `way` says which and why.
 
     Raises:
-        ModelError: an encoder-decoder, or a model without a language-modelling head.
+        ModelError: an encoder-decoder, or a model without a language-modelling head. At the first call: its own forward
+            fails.
     """
 
-    def __init__(self, model: nn.Module, role: str, *, prefix_cache_tokens: int = 8192, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, role: str, *, prefix_cache_tokens: int = 0, seed: int = 0) -> None:
         config = _text_config(model, role)
         if cast(Any, model).get_output_embeddings() is None:
             raise ModelError(
@@ -71,6 +70,7 @@ class CausalLM:
         self._reason = ""
         self._prefix_cache_tokens = prefix_cache_tokens
         self._seed = seed
+        self._most_tokens: int | None = None  # of a forward, since one ran out of memory
 
     @classmethod
     def load(
@@ -99,38 +99,7 @@ class CausalLM:
         Raises:
             ModelError: nothing can be loaded from there, an encoder-decoder, or weights that the checkpoint lacks.
         """
-        _refuse_partial_weights(role)
-        place = _find_device(device)
-        loading = {
-            "revision": revision,
-            "dtype": _choose_dtype(dtype, place),
-            "device_map": {"": place},
-            "trust_remote_code": False,
-            "use_safetensors": True,
-            **(init_kwargs or {}),
-        }
-        old_name = loading.pop("torch_dtype", None)
-        loading["dtype"] = old_name or loading["dtype"]
-        try:
-            config = AutoConfig.from_pretrained(name, **hub_kwargs(loading))
-            _refuse_encoder_decoder(config, role)
-            cuda = [place.index or 0] if place.type == "cuda" else []
-            with torch.random.fork_rng(devices=cuda):  # loading may draw; the trainer's numbers must not shift
-                model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **loading)
-        except ModelError:
-            raise
-        except Exception as error:  # the libraries below have a dozen ways to say that it can't be loaded
-            raise ModelError(
-                f"{role} is {name!r}, which can't be loaded as a causal language model: {error}"
-            ) from error
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise ModelError(
-                f"{role} is {name!r}, whose checkpoint lacks {len(missing)} weights ({missing[0]}, ...): they would be "
-                "random. Use a checkpoint of a causal language model."
-            )
-        model.requires_grad_(False)
-        model.eval()
+        model = load_model(name, role, revision=revision, dtype=dtype, device=device, init_kwargs=init_kwargs)
         return cls(model, role, **kwargs)
 
     @property
@@ -140,8 +109,9 @@ class CausalLM:
 
     @property
     def num_embeddings(self) -> int:
-        """Token ids that the model can read: V, or a little more where the embedding is padded."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        """Token ids that the model can read and predict: V, or a little more where both are padded."""
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        return min(int(end.weight.shape[0]) for end in ends)
 
     @property
     def num_positions(self) -> int | None:
@@ -163,8 +133,9 @@ class CausalLM:
 
         Args:
             layout (`Layout`): The rows, in any order; each is non-empty and fits the model's positions.
-            token_budget (`int`): Tokens of one forward, padding included. Where a forward runs out of memory, the rows
-                that are left are laid out anew with half its tokens.
+            token_budget (`int`): Tokens of one forward, padding included. Where a forward runs out of memory, kept
+                prefixes are dropped and the rows that are left are laid out anew with half its tokens; later calls
+                start there.
             reduce (`Callable`, *optional*, defaults to `token_logps`): What is kept of each token's logits.
             padded (`bool`, *optional*, defaults to `False`): Pad, also where packing would run fewer tokens.
 
@@ -177,6 +148,7 @@ class CausalLM:
         """
         with self._frozen():
             self._check()
+            token_budget = min(token_budget, self._most_tokens or token_budget)
             way = self._choose(layout, token_budget)
             if padded and self._padded is not None:
                 way = self._padded
@@ -190,6 +162,12 @@ class CausalLM:
                 for index, logps in zip(broken, again, strict=True):
                     results[index] = logps
         return results
+
+    def count_tokens(self, layout: Layout, *, token_budget: int) -> int:
+        """Tokens that `per_token_logps` would run for these rows, padding included, a prefix that is kept not."""
+        with self._frozen():
+            self._check()
+        return self._tokens(self._choose(layout, token_budget), layout, token_budget)
 
     def way(self) -> tuple[str, str]:
         """How this model runs rows (`"packed"`, `"padded"` or `"row by row"`), and why not in the way before it."""
@@ -228,11 +206,19 @@ class CausalLM:
         return 2 * int(self._config.num_hidden_layers) * kept_heads * size
 
     def _work_bytes(self, token_budget: int) -> int:
-        """What a forward needs beside the weights: some hidden states, a layer's inner ones, and a chunk of logits."""
-        tokens = self.decoder.batch_tokens(token_budget)
+        """
+        What a forward needs beside the weights: some hidden states, a layer's inner ones and a chunk of logits; of a
+        pack also its masks, its keys and values, and a copy of those that are kept before it.
+        """
+        tokens, size = self.decoder.batch_tokens(token_budget), self.decoder.dtype.itemsize
         hidden: int = self._config.hidden_size
         inner: int = getattr(self._config, "intermediate_size", None) or 4 * hidden
-        return tokens * (6 * hidden + 3 * inner) * self.decoder.dtype.itemsize + 3 * 4 * LOGITS_PER_CHUNK
+        work = tokens * (6 * hidden + 3 * inner) * size + 3 * 4 * logits_per_chunk(self.decoder.device)
+        if self._packed is not None:
+            limits = self._packed.limits(token_budget)
+            work += len(attention_windows(self._config)) * limits.entries * (size + 1)  # a boolean one beside each
+            work += (limits.most(0) + self._prefix_cache_tokens) * self._kept_values() * size
+        return work
 
     def _choose(self, layout: Layout, token_budget: int) -> Way:
         """The way that runs fewer tokens. Depends on the rows alone, so that scores do not depend on the cache."""
@@ -240,42 +226,76 @@ class CausalLM:
             return self._own
         if self._packed is None or layout.longest > self.decoder.rope_switch:
             return self._padded
-        unique = sum(job.num_tokens for job in self._packed.plan(layout, token_budget))
-        if not self._packed.keeps(layout):
-            unique += len(layout.prefix)
-        padded = sum(job.num_tokens for job in self._padded.plan(layout, token_budget))
+        unique, padded = (self._tokens(way, layout, token_budget) for way in (self._packed, self._padded))
         return self._packed if unique <= PACKED_SHARE * padded else self._padded
 
-    def _run(self, way: Way, layout: Layout, token_budget: int, reduce: Reduce) -> list[Tensor]:
-        results: list[Tensor] = [torch.empty(0)] * len(layout.rows)
-        names = list(range(len(layout.rows)))  # what the rows that are left are called in `results`
-        jobs = way.plan(layout, token_budget)
-        while jobs:
-            job, *jobs = jobs
-            logps = self._try(way, layout, job, reduce)
-            if logps is None:
-                clear_device_cache()
-                left = [index for other in (job, *jobs) for index in other.rows]
-                layout, names = layout.subset(left), [names[index] for index in left]
-                jobs = way.plan(layout, job.num_tokens // 2)
-                continue
-            for index, row_logps in zip(job.rows, logps, strict=True):
-                results[names[index]] = row_logps
-        return results
+    def _tokens(self, way: Way, layout: Layout, token_budget: int) -> int:
+        tokens = sum(job.num_tokens for job in way.plan(layout, token_budget))
+        is_run = way is self._packed and not self._packed.keeps(layout)
+        return tokens + len(layout.prefix) if is_run else tokens
 
-    def _try(self, way: Way, layout: Layout, job: Job, reduce: Reduce) -> list[Tensor] | None:
-        """A job's log-probabilities, or None where the memory was too small for its rows."""
+    def _run(self, way: Way, layout: Layout, token_budget: int, reduce: Reduce) -> list[Tensor]:
+        places: list[int] = []  # of the rows in the call, in the order in which they were run
+        pieces: list[Tensor] = []
+        names = list(range(len(layout.rows)))  # what the rows that are left are called in the call
+        rest = layout
+        jobs = way.plan(rest, token_budget)
+        try:
+            while jobs:
+                job, *others = jobs
+                piece = self._try(way, rest, job, reduce)
+                if piece is not None:
+                    pieces.append(piece)
+                    places += [names[index] for index in job.rows]
+                    jobs = others
+                    continue
+                way = self._shrink(way, rest, job)
+                left = [index for other in jobs for index in other.rows]
+                rest, names = rest.subset(left), [names[index] for index in left]
+                jobs = way.plan(rest, min(token_budget, self._most_tokens or token_budget))
+        finally:
+            if self._packed is not None:
+                self._packed.forget()
+        if not places:
+            return []
+        counts = [len(layout.rows[place].completion_ids) for place in places]
+        flat = torch.cat(pieces).cpu()  # once a call: a device works on while its host plans
+        by_place = dict(zip(places, torch.split(flat, counts), strict=True))
+        return [by_place[place] for place in range(len(layout.rows))]
+
+    def _try(self, way: Way, layout: Layout, job: Job, reduce: Reduce) -> Tensor | None:
+        """A job's log-probabilities, or None where the memory was too small for it."""
         try:
             return way.run(layout, job, reduce)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            if len(job.rows) == 1:
+            if len(job.rows) == 1 and way is not self._packed:
                 raise ModelError(
                     f"{self._role} ran out of memory on a single row of {len(layout.rows[job.rows[0]].ids)} tokens. "
                     "Pass a smaller cdr_max_length, cdr_dtype='bfloat16', or another cdr_device."
                 ) from error
             return None
+
+    def _shrink(self, way: Way, layout: Layout, job: Job) -> Way:
+        """Make room after a job that ran out of memory; returns the way that goes on."""
+        if self._packed is not None:
+            self._packed.drop()
+        clear_device_cache()
+        if len(job.rows) == 1 and self._padded is not None:
+            return self._padded  # keeps no keys and values
+        self._most_tokens = max(1, job.width // 2)
+        tokens = max(len(layout.rows[index].ids) for index in job.rows)
+        logger.warning(
+            "%s (%s) ran out of memory on %d rows of up to %d tokens: from here on, forwards of %d tokens at most. "
+            "Pass a smaller cdr_token_budget to start there.",
+            self._role,
+            self.name,
+            len(job.rows),
+            tokens,
+            self._most_tokens,
+        )
+        return way
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -293,79 +313,48 @@ class CausalLM:
         """Keep the ways that give the model's own log-probabilities on a few short rows."""
         if self._is_checked:
             return
-        layout = _probe(min(self.num_embeddings, 256), self.num_positions, seed=self._seed)
-        expected = torch.cat([logps for job in self._own.plan(layout, 1) for logps in self._own.run(layout, job)])
-        padded = Padded(self.decoder)
-        self._reason = self._differs(padded, layout, expected) or ""
-        if not self._reason:
-            self._padded = padded
-            self._reason = why_not_packed(self.decoder) or ""
-        if not self._reason:
-            packed = Packed(self.decoder, prefix_cache_tokens=self._prefix_cache_tokens)
-            self._reason = self._differs(packed, layout, expected) or ""
-            self._packed = None if self._reason else packed
+        with short_windows(self._config):
+            try:
+                check = LoadCheck(
+                    self._own,
+                    dtype=self.decoder.dtype,
+                    num_ids=self.num_embeddings,
+                    num_positions=self.num_positions,
+                    seed=self._seed,
+                )
+            except FAILURES as error:
+                if should_reduce_batch_size(error):
+                    raise
+                raise ModelError(self._why_it_fails(error)) from error
+            padded, packed = Padded(self.decoder), Packed(self.decoder, prefix_cache_tokens=self._prefix_cache_tokens)
+            padded_reason = check.differs(padded)
+            reason = padded_reason or why_not_packed(self.decoder)
+            if not reason and ignores_positions(self.decoder):
+                reason = "its forward ignores position_ids"
+            reason = reason or check.differs(packed)
+        packed.drop()  # what was run under short windows
+        self._padded = None if padded_reason else padded
+        self._packed = None if reason else packed
+        self._reason = reason or ""
         self._is_checked = True
         self._say_which()
 
-    def _differs(self, way: Way, layout: Layout, expected: Tensor) -> str | None:
-        """How the log-probabilities of a way differ from the model's own, or None if they don't."""
-        results: dict[int, Tensor] = {}
-        try:
-            for job in way.plan(layout, 512):
-                results |= dict(zip(job.rows, way.run(layout, job), strict=True))
-        except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
-            if should_reduce_batch_size(error):
-                raise
-            return f"it fails there: {error}"
-        logps = torch.cat([results[index] for index in range(len(layout.rows))])
-        tolerance = _TOLERANCE.get(self.decoder.dtype, 3e-1)
-        if torch.allclose(logps, expected, rtol=0, atol=tolerance, equal_nan=True):
-            return None
-        return f"log-probabilities differ from its own by up to {(logps - expected).abs().max():.2g} nats"
+    def _why_it_fails(self, error: Exception) -> str:
+        types = Counter(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+        message = f"{self._role} ({self.name}) fails on a short row: {error}."
+        if len(types) > 1:
+            counts = ", ".join(f"{count} {str(dtype).removeprefix('torch.')}" for dtype, count in types.most_common())
+            message += (
+                f" Its parameters have several types ({counts}), and rewards are computed outside of autocast. Give it "
+                "one type, as by model.to(torch.bfloat16)."
+            )
+        return message
 
     def _say_which(self) -> None:
         name, reason = self.way()
         level = logging.WARNING if name == "row by row" else logging.INFO
         because = f", not in the faster way: {reason}" if reason else ""
         logger.log(level, "%s (%s, %s) runs %s%s.", self._role, self.name, type(self.model).__name__, name, because)
-
-
-def _probe(num_ids: int, num_positions: int | None, *, seed: int) -> Layout:
-    """
-    Two prompts behind a common prefix, with two completions each, of random tokens.
-
-    The ids are low ones: among the high ones are placeholders of images, which some forwards refuse.
-    """
-    room = 64 if num_positions is None else num_positions
-    num_prefix = max(0, min(MIN_PREFIX + 5, room - 16))
-    prompts, completions = ((3, 5), (4, 7)) if room >= 16 else ((1, 2), (1, 2))
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(num_ids, (count,), generator=generator).tolist())
-
-    prefix = draw(num_prefix)
-    return Layout([Row(prompt, draw(m)) for prompt in [prefix + draw(n) for n in prompts] for m in completions])
-
-
-def _refuse_partial_weights(role: str) -> None:
-    """Under these two, `from_pretrained` gives empty or partitioned weights, and scores that nobody would suspect."""
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        cause, remedy = "FSDP's RAM-efficient loading", "set fsdp_cpu_ram_efficient_loading: false"
-    elif is_deepspeed_zero3_enabled():
-        cause, remedy = "DeepSpeed ZeRO-3", "use ZeRO-2"
-    else:
-        return
-    raise ModelError(
-        f"{role} can't be loaded under {cause}: its weights would be empty or partitioned. Pass a model that was "
-        f"loaded before the trainer's arguments were made, or {remedy}."
-    )
-
-
-def hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `from_pretrained`'s arguments that say where a repository is, for its config and its tokenizer."""
-    names = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code")
-    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _text_config(model: nn.Module, role: str) -> PretrainedConfig:
@@ -375,30 +364,5 @@ def _text_config(model: nn.Module, role: str) -> PretrainedConfig:
             f"{role} is a {type(model).__name__}, which is no transformers model. Pass a name, a path or a model that "
             "AutoModelForCausalLM loaded."
         )
-    _refuse_encoder_decoder(config, role)
+    refuse_encoder_decoder(config, role)
     return config.get_text_config()
-
-
-def _refuse_encoder_decoder(config: PretrainedConfig, role: str) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{role} is a {config.model_type}, an encoder-decoder: a completion must continue its prompt in one "
-            "sequence. Use a decoder-only model."
-        )
-
-
-def _find_device(device: str) -> torch.device:
-    if device == "auto":
-        return cast(torch.device, PartialState().device)
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"cdr_device is {device!r}, which torch does not know. Use auto, cpu or cuda:0, say."
-        ) from error
-
-
-def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    return getattr(torch, dtype)  # type: ignore[no-any-return]

@@ -33,7 +33,6 @@ class CompletionReader:
     """
 
     def __init__(self, pair: Pair, policy_tokenizer: Any = None) -> None:
-        self.pair = pair
         self._encoder = pair.strong.encoder
         self._ids_may_match = pair.shares_vocabulary
         self._end_ids = pair.end_ids

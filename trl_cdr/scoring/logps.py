@@ -8,9 +8,11 @@ from torch import Tensor
 Head = Callable[[Tensor], Tensor]
 Reduce = Callable[[Tensor, Tensor], Tensor]  # (n, V) logits and their (n,) targets -> (n, ...) float32
 
-# Logits that exist at one time. 2**23 float32 values are 32 MiB, and as much again inside the log_softmax. Larger
-# chunks were no faster on a CPU, and neither was torch's own chunked linear_cross_entropy.
-LOGITS_PER_CHUNK = 2**23
+# Logits that exist at one time, and as many again inside the log_softmax. 2**23 float32 values are 32 MiB; larger
+# chunks were no faster on a CPU, and neither was torch's own chunked linear_cross_entropy. An accelerator reads the
+# whole head for each chunk: 256 MiB are 440 positions of a vocabulary of 152k, enough to keep its processors busy.
+CPU_LOGITS = 2**23
+ACCELERATOR_LOGITS = 2**26
 # A CPU reduces a chunk in blocks of 2 MiB, which stay in its caches: the statistics take a fifth of the time.
 _CACHED_LOGITS = 2**19
 
@@ -18,6 +20,11 @@ _CACHED_LOGITS = 2**19
 _LEAST_LOGIT = -150.0
 # Standard deviations below so many roundings of the log-probabilities that they are computed from are rounding too.
 _ROUNDINGS = 16
+
+
+def logits_per_chunk(device: torch.device) -> int:
+    """Logits that exist together on a device, at most; more only where one position has more."""
+    return CPU_LOGITS if device.type == "cpu" else ACCELERATOR_LOGITS
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -67,7 +74,7 @@ def head_logps(hidden: Tensor, targets: Tensor, head: Head, *, vocab_size: int, 
     """
     Apply the head where a token is predicted, a chunk of positions at a time, and reduce each chunk at once.
 
-    At most `LOGITS_PER_CHUNK` logits exist together, whatever N is; a (B, T, V) tensor never does.
+    At most `logits_per_chunk` logits exist together, whatever N is; a (B, T, V) tensor never does.
 
     Args:
         hidden (`Tensor` of shape (N, H)): Hidden states at the predicting positions.
@@ -79,7 +86,7 @@ def head_logps(hidden: Tensor, targets: Tensor, head: Head, *, vocab_size: int, 
     Returns:
         `Tensor` of shape (N,), float32, nats; (N, 3) with `token_statistics`.
     """
-    step = max(1, LOGITS_PER_CHUNK // vocab_size)
+    step = max(1, logits_per_chunk(hidden.device) // vocab_size)
     block = max(1, _CACHED_LOGITS // vocab_size) if hidden.device.type == "cpu" else step
     pieces = []
     for start in range(0, len(targets), step) or [0]:  # without targets one empty chunk, which has the right shape

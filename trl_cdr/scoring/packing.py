@@ -1,4 +1,4 @@
-"""Lay rows out so that no token is run twice. Pure: token ids in, packs out. Knows no model; `forward` runs them.
+"""Lay rows out so that no token is run twice. Pure: token ids in, packs out. Knows no model; `packed` runs them.
 
     rows              plan                                                positions
 
@@ -9,9 +9,11 @@
 
 A pack is one sequence of whole trees. Each token sees the prefix, its own prompt and its own completion, and nothing
 else; its position is the one that it has in its row. A completion's last token is predicted but predicts nothing, so it
-is not run.
+is not run. A tree that is too large for one pack is cut at its fork: its prompt, all but the token that predicts, is
+the stem, run once behind the prefix, and its completions follow in packs behind both.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +24,32 @@ from torch import Tensor
 
 from .encoding import Row
 
-# Shorter common prefixes are not worth a forward of their own.
+# Shorter common prefixes and prompts are not worth a forward of their own.
 MIN_PREFIX = 32
+
+
+@dataclass(frozen=True, slots=True)
+class PackLimits:
+    """
+    How large a pack may be, and how large it should be.
+
+    Attributes:
+        tokens (`int`): Tokens of one forward, at most.
+        entries (`int`): Entries of its mask, tokens run times tokens seen, at most.
+        good_tokens (`int`): Tokens up to which trees share a pack. More would only let attention look, in vain, at
+            other trees.
+        seen (`int`, *optional*): Tokens that a forward sees, at most, whatever their positions are.
+    """
+
+    tokens: int
+    entries: int
+    good_tokens: int
+    seen: int | None = None
+
+    def most(self, num_before: int) -> int:
+        """Tokens of one pack behind so many others."""
+        most = min(self.tokens, (math.isqrt(num_before**2 + 4 * self.entries) - num_before) // 2)
+        return max(1, most if self.seen is None else min(most, self.seen - num_before))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +58,7 @@ class Tree:
     One prompt with some of its completions.
 
     Attributes:
-        prompt (`tuple[int, ...]`): The prompt's tokens after the prefix; at least one.
+        prompt (`tuple[int, ...]`): The prompt's tokens after what is run apart; at least one.
         rows (`tuple[tuple[int, Row], ...]`): The rows that it serves, each with its index.
     """
 
@@ -59,6 +85,8 @@ class Pack:
         targets (`Tensor` of shape (N,)): The completion tokens.
         rows (`tuple[int, ...]`): The rows, in the order of `targets`.
         counts (`tuple[int, ...]`): Completion tokens of each of them.
+        stem (`tuple[int, ...]`): Tokens between the prefix and the pack, of a long prompt, that are run apart. Packs
+            that share a stem follow one another.
     """
 
     ids: Tensor
@@ -69,6 +97,7 @@ class Pack:
     targets: Tensor
     rows: tuple[int, ...]
     counts: tuple[int, ...]
+    stem: tuple[int, ...] = ()
 
     def segments(self) -> list[list[slice]]:
         """For each tree where its prompt stands, and then where each of its completions does that is run."""
@@ -87,7 +116,7 @@ def visible(pack: Pack, *, num_prefix: int, window: int | None = None, device: t
 
     Args:
         pack (`Pack`): Q tokens.
-        num_prefix (`int`): P, tokens of the prefix, which stand before the pack's own.
+        num_prefix (`int`): P, tokens of prefix and stem, which stand before the pack's own.
         window (`int`, *optional*): A sliding window: a token sees itself and the `window - 1` positions before it.
         device (`torch.device`, *optional*): Where to compute.
 
@@ -117,7 +146,7 @@ class Layout:
     def __init__(self, rows: Sequence[Row], *, constant: tuple[int, ...] = ()) -> None:
         self.rows = tuple(rows)
         self.constant = constant
-        self._packs: dict[tuple[int, int], list[Pack]] = {}
+        self._packs: dict[PackLimits, list[Pack]] = {}
 
     @cached_property
     def longest(self) -> int:
@@ -129,13 +158,10 @@ class Layout:
         """The tokens that all prompts start with, if they are worth a forward of their own, else nothing."""
         return self.constant or common_prefix(self.rows)
 
-    def packs(self, max_tokens: int, good_tokens: int) -> list[Pack]:
+    def packs(self, limits: PackLimits) -> list[Pack]:
         """All rows after the prefix, see `plan_packs`."""
-        limits = (max_tokens, good_tokens)
         if limits not in self._packs:
-            self._packs[limits] = plan_packs(
-                self.rows, max_tokens=max_tokens, good_tokens=good_tokens, num_prefix=len(self.prefix)
-            )
+            self._packs[limits] = plan_packs(self.rows, limits, num_prefix=len(self.prefix))
         return self._packs[limits]
 
     def subset(self, indices: Sequence[int]) -> "Layout":
@@ -188,7 +214,7 @@ def common_prefix(rows: Sequence[Row]) -> tuple[int, ...]:
     return low[:length] if length >= MIN_PREFIX else ()
 
 
-def plan_packs(rows: Sequence[Row], *, max_tokens: int, good_tokens: int, num_prefix: int) -> list[Pack]:
+def plan_packs(rows: Sequence[Row], limits: PackLimits, *, num_prefix: int) -> list[Pack]:
     """
     Lay rows out in packs: equal prompts once, whole trees first-fit in the order of falling size.
 
@@ -196,23 +222,33 @@ def plan_packs(rows: Sequence[Row], *, max_tokens: int, good_tokens: int, num_pr
 
     Args:
         rows (`Sequence[Row]`): Prompts that start with the same `num_prefix` tokens and are longer.
-        max_tokens (`int`): Tokens of one pack, at most. A tree that is larger is split by its completions, each part
-            with the prompt; a row that is larger is a pack of its own.
-        good_tokens (`int`): Tokens up to which trees share a pack. More would only let attention look, in vain, at
-            other trees.
+        limits (`PackLimits`): A tree that is larger is cut: a long prompt becomes the stem of its completions' packs, a
+            short one is repeated before each part of them. A row that is larger is a pack of its own.
         num_prefix (`int`): Tokens that are run apart.
+
+    Returns:
+        `list[Pack]`: those with a stem first.
     """
     groups: dict[tuple[int, ...], list[tuple[int, Row]]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(row.prompt_ids, []).append((index, row))
-    trees = [
-        tree
-        for prompt_ids, members in groups.items()
-        for tree in _split(Tree(prompt_ids[num_prefix:], tuple(members)), max_tokens)
-    ]
+    most = limits.most(num_prefix)
+    trees: list[Tree] = []
+    packs: list[Pack] = []
+    for prompt_ids, members in groups.items():
+        tree = Tree(prompt_ids[num_prefix:], tuple(members))
+        stem = tree.prompt[:-1]
+        if tree.num_tokens <= most:
+            trees.append(tree)
+        elif len(stem) < MIN_PREFIX:
+            trees += _split(tree, most)
+        else:
+            before = num_prefix + len(stem)
+            parts = _split(Tree(tree.prompt[-1:], tree.rows), limits.most(before))
+            packs += [_lay_out([part], before, stem) for part in parts]
     trees.sort(key=lambda tree: (-tree.num_tokens, tree.rows[0][0]))
-    bins = _first_fit([tree.num_tokens for tree in trees], min(good_tokens, max_tokens))
-    return [_lay_out([trees[index] for index in members], num_prefix) for members in bins]
+    bins = _first_fit([tree.num_tokens for tree in trees], min(limits.good_tokens, most))
+    return packs + [_lay_out([trees[index] for index in members], num_prefix) for members in bins]
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -261,7 +297,8 @@ def _first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _lay_out(trees: Sequence[Tree], num_prefix: int) -> Pack:
+def _lay_out(trees: Sequence[Tree], num_before: int, stem: tuple[int, ...] = ()) -> Pack:
+    """One pack of whole trees, behind `num_before` tokens, the stem's among them."""
     ids: list[int] = []
     positions: list[int] = []
     tree_of: list[int] = []
@@ -270,9 +307,9 @@ def _lay_out(trees: Sequence[Tree], num_prefix: int) -> Pack:
     targets: list[int] = []
     rows: list[tuple[int, Row]] = []
     for number, tree in enumerate(trees):
-        fork = num_prefix + len(tree.prompt)
+        fork = num_before + len(tree.prompt)
         ids += tree.prompt
-        positions += range(num_prefix, fork)
+        positions += range(num_before, fork)
         branch += [-1] * len(tree.prompt)
         predicts_first = len(ids) - 1
         for member in tree.rows:
@@ -293,4 +330,5 @@ def _lay_out(trees: Sequence[Tree], num_prefix: int) -> Pack:
         targets=torch.tensor(targets),
         rows=tuple(index for index, _ in rows),
         counts=tuple(len(row.completion_ids) for _, row in rows),
+        stem=stem,
     )

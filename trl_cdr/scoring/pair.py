@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..conditioning.criteria import Conditioning
 from ..config import CDRConfig
 from ..errors import ConfigError, ModelError
-from .causal_lm import CausalLM, hub_kwargs
+from .causal_lm import CausalLM
 from .encoding import Completion, Encoder, Prompt, Row, Unscorable, fit, own_chat_template, vocabulary_hash
+from .loading import hub_kwargs
 from .logps import Reduce, token_logps
 from .packing import Group, common_prefix
 
@@ -56,9 +58,16 @@ class Member:
     def encode(self, prompt: Prompt, completion: Completion) -> Row:
         """One row that fits the model; see `Encoder.encode` and `fit`."""
         row = fit(self.encoder.encode(prompt, completion), self.max_length)
+        self.check(row)
+        return row
+
+    def check(self, row: Row) -> None:
+        """
+        Raises:
+            Unscorable: the model can't read one of the row's ids.
+        """
         if max(row.ids) >= self.lm.num_embeddings:
             raise Unscorable(f"the row holds the token id {max(row.ids)}, for which {self.lm.name} has no embedding")
-        return row
 
     def constant_ids(self, conditioning: Conditioning, *, is_text: bool) -> tuple[int, ...]:
         """
@@ -100,22 +109,38 @@ class Pair:
         strong, weak (`Member`): Better and less aligned model.
         shares_vocabulary (`bool`): A token id means the same token to both, so ids that the policy wrote can be scored
             as they are, and log-ratios exist per token.
+        reads_alike (`bool`): Both encode every row to the same ids, so that it is encoded and laid out once.
+        end_ids (`frozenset[int]`): Ids at which a completion ends, of both models: templates, tokenizers and generation
+            configs.
     """
 
     strong: Member
     weak: Member
-    shares_vocabulary: bool
+    shares_vocabulary: bool = field(init=False)
+    reads_alike: bool = field(init=False)
+    end_ids: frozenset[int] = field(init=False)
 
-    @property
-    def reads_alike(self) -> bool:
-        """Both encode every row to the same ids, so that it is encoded and laid out once."""
-        return self.strong.max_length == self.weak.max_length and self.strong.encoder.is_like(self.weak.encoder)
+    def __post_init__(self) -> None:
+        strong, weak = self.strong.encoder, self.weak.encoder
+        is_alike = self.strong.max_length == self.weak.max_length and strong.is_like(weak)
+        shares = vocabulary_hash(strong.tokenizer) == vocabulary_hash(weak.tokenizer)
+        object.__setattr__(self, "shares_vocabulary", shares)
+        object.__setattr__(self, "reads_alike", is_alike)
+        object.__setattr__(self, "end_ids", self.strong.end_ids | self.weak.end_ids)
 
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """Ids at which a completion ends, of both models: templates, tokenizers and generation configs."""
-        members = (self.strong, self.weak)
-        return frozenset().union(*(member.end_ids for member in members))
+    def encode(self, prompt: Prompt, completion: Completion) -> tuple[Row, Row]:
+        """
+        One row as strong and weak read it.
+
+        Raises:
+            Unscorable: one of them can't; see `Member.encode`.
+            ConfigError, ModelError: see `Encoder.encode`.
+        """
+        strong = self.strong.encode(prompt, completion)
+        if not self.reads_alike:
+            return strong, self.weak.encode(prompt, completion)
+        self.weak.check(strong)  # it may embed fewer tokens
+        return strong, strong
 
 
 class PairSource:
@@ -165,9 +190,10 @@ class PairSource:
         return [model for model in self._models.values() if isinstance(model, nn.Module)]
 
     def unload(self) -> None:
-        """Let go of the models and of all that is kept for them."""
+        """Let go of the models and of all that is kept for them, an accelerator's cached memory too."""
         with self.lock:
             self._pair = None
+            clear_device_cache(garbage_collection=True)
 
     def __getstate__(self) -> dict[str, Any]:
         models = {role: None if isinstance(model, nn.Module) else model for role, model in self._models.items()}
@@ -245,8 +271,7 @@ def load_pair(
         lm = _load_model(config, model, role, revision)
         _check_embeddings(lm, tokenizer, role)
         members.append(Member(lm, encoder, _choose_max_length(config, lm, role)))
-    shares = vocabulary_hash(strong_tokenizer) == vocabulary_hash(weak_tokenizer)
-    return Pair(members[0], members[1], shares)
+    return Pair(*members)
 
 
 def load_tokenizer(
@@ -271,8 +296,8 @@ def _read_template(path: str | None) -> str | None:
 
 
 def _load_model(config: CDRConfig, model: str | nn.Module, role: str, revision: str | None) -> CausalLM:
-    if isinstance(model, nn.Module):
-        return CausalLM(model, role, prefix_cache_tokens=config.cdr_prefix_cache_tokens, seed=config.cdr_seed)
+    if isinstance(model, nn.Module):  # the caller may change its weights: nothing of them is kept between calls
+        return CausalLM(model, role, seed=config.cdr_seed)
     return CausalLM.load(
         str(model),
         role,

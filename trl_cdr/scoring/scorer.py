@@ -5,6 +5,7 @@ Adapters (`training.reward`, the command line) turn scores into what their calle
 
 import math
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,8 @@ class DensityRatioScorer:
             self.router = Router(self.criteria, domain=self.config.cdr_domain, router=router)
         self._source: PairSource = PairSource(self.config, models, tokenizers) if share is None else share._source
         self._policy: Any = None
-        self._reader: CompletionReader | None = None  # of the loaded pair
+        # Of the loaded pair, which it does not keep alive: others who share it may unload it.
+        self._reader: tuple[weakref.ref[Pair], CompletionReader] | None = None
 
     @classmethod
     def from_config(cls, config: CDRConfig, args: Any = None) -> "DensityRatioScorer":
@@ -141,8 +143,7 @@ class DensityRatioScorer:
         with self._source.lock:
             domains = self.route(prompts, domains)
             conditioned, conditionings = self._condition(prompts, domains)
-            reader = self._load()
-            pair = reader.pair
+            pair, reader = self._load()
             read = reader.read(completions, ids, finished)
             rows = _encode(pair, conditioned, read)
             runnable = [index for index, row in enumerate(rows) if not isinstance(row, Unscorable)]
@@ -222,7 +223,7 @@ class DensityRatioScorer:
     def _score_labels(self, texts: Sequence[str], labels: Sequence[str]) -> list[list[float] | None]:
         """The strong model's mean log-probability of each label's tokens as the completion of each text, nats."""
         with self._source.lock:
-            member = self._load().pair.strong
+            member = self._load()[0].strong
             is_chat = member.encoder.chat_template is not None
             rows: dict[int, list[Row]] = {}
             for index, text in enumerate(texts):
@@ -275,13 +276,13 @@ class DensityRatioScorer:
         with self._source.lock:
             self._load()
 
-    def _load(self) -> CompletionReader:
+    def _load(self) -> tuple[Pair, CompletionReader]:
         if self.config.cdr_policy_tokenizer is not None and self._policy is None:
             self._policy = load_tokenizer(self.config, self.config.cdr_policy_tokenizer, "cdr_policy_tokenizer")
         pair = self._source.get()
-        if self._reader is None or self._reader.pair is not pair:
-            self._reader = CompletionReader(pair, self._policy)
-        return self._reader
+        if self._reader is None or self._reader[0]() is not pair:
+            self._reader = weakref.ref(pair), CompletionReader(pair, self._policy)
+        return pair, self._reader[1]
 
     def describe(self) -> dict[str, Any]:
         """
@@ -297,7 +298,7 @@ class DensityRatioScorer:
             ConfigError, ModelError: as `load`.
         """
         with self._source.lock:
-            pair = self._load().pair
+            pair, _ = self._load()
             return {
                 "strong": pair.strong.describe(token_budget=self.config.cdr_token_budget),
                 "weak": pair.weak.describe(token_budget=self.config.cdr_token_budget),
@@ -307,9 +308,7 @@ class DensityRatioScorer:
 
     def unload(self) -> None:
         """Let go of the pair and of the prefixes kept for it, for all who share it; the next call loads it again."""
-        with self._source.lock:
-            self._source.unload()
-            self._reader = None
+        self._source.unload()
 
     def modules(self) -> list[nn.Module]:
         """The models that were passed as objects."""
@@ -325,8 +324,7 @@ class DensityRatioScorer:
         with self._source.lock:
             if self.config.cdr_policy_tokenizer is None and tokenizer is not self._policy:
                 self._policy = tokenizer
-                if self._reader is not None:
-                    self._reader = CompletionReader(self._reader.pair, tokenizer)
+                self._reader = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to loaded models, which stay behind."""
@@ -393,8 +391,7 @@ def _encode(
             encoded.append(completion if isinstance(completion, Unscorable) else prompt)  # type: ignore[arg-type]
             continue
         try:
-            strong = pair.strong.encode(prompt, completion)
-            encoded.append((strong, strong if pair.reads_alike else pair.weak.encode(prompt, completion)))
+            encoded.append(pair.encode(prompt, completion))
         except Unscorable as reason:
             encoded.append(reason)
     return encoded

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -45,9 +46,9 @@ class OffsetTokenizer:
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         spec["padding"] = spec["truncation"] = None
         _keep_whole_offsets(spec["post_processor"])
-        self._spec = spec
-        self.identity = json.dumps(spec, sort_keys=True)  # all that tokenizing depends on, as text
-        self._plain = Tokenizer.from_str(self.identity)
+        text = json.dumps(spec, sort_keys=True)
+        self.identity = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()  # of all that tokenizing depends on
+        self._plain = Tokenizer.from_str(text)
         self._marked: tuple[Tokenizer, dict[int, int]] | None = None
         added = {token["content"]: token for token in spec["added_tokens"]}
         named = {*tokenizer.all_special_tokens, *turn_markers}
@@ -119,11 +120,12 @@ class OffsetTokenizer:
     def _marked_tokenizer(self) -> tuple[Tokenizer, dict[int, int]]:
         """The second copy, and its ids of added tokens -> the original's."""
         if self._marked is None:
+            spec = json.loads(self._plain.to_str())
             added = [
                 {**token, "content": self._mark_of.get(token["content"], token["content"])}
-                for token in self._spec["added_tokens"]
+                for token in spec["added_tokens"]
             ]
-            marked = Tokenizer.from_str(json.dumps({**self._spec, "added_tokens": added}))
+            marked = Tokenizer.from_str(json.dumps({**spec, "added_tokens": added}))
             # An added token that the model's own vocabulary lacks is numbered anew, so ids are mapped back by content.
             renamed: dict[int, int] = {}
             for token in added:

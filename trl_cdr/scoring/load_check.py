@@ -1,0 +1,110 @@
+"""Whether a way to run rows gives the model's own log-probabilities, found out on a few short rows when it is loaded.
+
+Chooses nothing: `causal_lm` asks and decides. The tests compare whole architectures; this catches what they can't know,
+a checkpoint with code or kernels of its own.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from .encoding import Row
+from .forward import Decoder, Way
+from .packing import MIN_PREFIX, Layout
+
+# Largest difference, in nats per token, at which two ways to the same log-probability count as equal. Of the probe's 22
+# tokens SmolLM2-135M is off by at most 1.4e-5 in float32, 0.04 in float16 and 0.20 in bfloat16 (three seeds); with
+# places counted in the sequence by 0.6 to 1.8, and where branches see each other by 2.8 to 8.4.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-1, torch.bfloat16: 3e-1}
+
+# What a forward that does not suit raises.
+FAILURES = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
+
+_BUDGETS = (512, MIN_PREFIX)  # whole trees in a pack; and trees that are cut at their fork
+_SHORT_WINDOW = 16  # shorter than the probe's rows
+
+
+class LoadCheck:
+    """
+    The probe, and what the model's own logits say of it.
+
+    Args:
+        own (`Way`): Row by row through the model's own logits.
+        dtype (`torch.dtype`): The type that the model computes in.
+        num_ids (`int`): Token ids that it can read.
+        num_positions (`int`, *optional*): Tokens that it can read at once.
+        seed (`int`): Draws the tokens.
+    """
+
+    def __init__(self, own: Way, *, dtype: torch.dtype, num_ids: int, num_positions: int | None, seed: int) -> None:
+        self._layout = _probe(min(num_ids, 256), num_positions, seed=seed)
+        self._tolerance = TOLERANCE.get(dtype, max(TOLERANCE.values()))
+        self._expected = _run(own, self._layout, 1)
+
+    def differs(self, way: Way) -> str | None:
+        """How the log-probabilities of a way differ from the model's own, or None if they don't."""
+        for budget in _BUDGETS:
+            try:
+                logps = _run(way, self._layout, budget)
+            except FAILURES as error:
+                if should_reduce_batch_size(error):
+                    raise
+                return f"it fails there: {error}"
+            if not torch.allclose(logps, self._expected, rtol=0, atol=self._tolerance, equal_nan=True):
+                difference = (logps - self._expected).abs().max()
+                return f"log-probabilities differ from its own by up to {difference:.2g} nats"
+        return None
+
+
+def ignores_positions(decoder: Decoder) -> bool:
+    """Whether a backbone takes `position_ids` and gives the same bits whatever they are."""
+    ids = torch.tensor([[1, 1, 0]])
+    near, far = (torch.tensor([places], device=decoder.device) for places in ([0, 1, 2], [0, 2, 4]))
+    return torch.equal(decoder.hidden(ids, position_ids=near), decoder.hidden(ids, position_ids=far))
+
+
+@contextmanager
+def short_windows(config: PretrainedConfig) -> Iterator[None]:
+    """Sliding windows that the probe's rows exceed; a real one has thousands of tokens. The config is put back."""
+    window = getattr(config, "sliding_window", None)
+    if window is None:
+        yield
+        return
+    config.sliding_window = min(window, _SHORT_WINDOW)
+    try:
+        yield
+    finally:
+        config.sliding_window = window
+
+
+def _run(way: Way, layout: Layout, token_budget: int) -> Tensor:
+    """(N,) log-probabilities of all rows, in their order."""
+    results: dict[int, Tensor] = {}
+    for job in way.plan(layout, token_budget):
+        counts = [len(layout.rows[index].completion_ids) for index in job.rows]
+        results |= dict(zip(job.rows, torch.split(way.run(layout, job).cpu(), counts), strict=True))
+    return torch.cat([results[index] for index in range(len(layout.rows))])
+
+
+def _probe(num_ids: int, num_positions: int | None, *, seed: int) -> Layout:
+    """
+    A long and a short prompt behind a common prefix, with two completions each, of random tokens.
+
+    The ids are low ones: among the high ones are placeholders of images, which some forwards refuse.
+    """
+    room = 128 if num_positions is None else num_positions
+    num_prefix = max(0, min(MIN_PREFIX + 5, room - 16))
+    prompts, completions = ((max(3, min(MIN_PREFIX + 9, room - num_prefix - 8)), 5), (4, 7))
+    if room < 16:
+        prompts, completions = (1, 2), (1, 2)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(num_ids, (count,), generator=generator).tolist())
+
+    prefix = draw(num_prefix)
+    return Layout([Row(prompt, draw(m)) for prompt in [prefix + draw(n) for n in prompts] for m in completions])

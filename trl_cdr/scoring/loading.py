@@ -1,0 +1,109 @@
+"""A name or a path -> a frozen model with all its weights, on one device, or an error that says why not.
+
+Runs nothing: `causal_lm` does. `pair` loads tokenizers.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..errors import ConfigError, ModelError
+
+
+def load_model(
+    name: str,
+    role: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    init_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """
+    Load a causal language model, in evaluation mode and without gradients. Arguments and errors: see `CausalLM.load`.
+    """
+    _refuse_partial_weights(role)
+    place = _find_device(device)
+    loading = {
+        "revision": revision,
+        "dtype": _choose_dtype(dtype, place),
+        "device_map": {"": place},
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        **(init_kwargs or {}),
+    }
+    old_name = loading.pop("torch_dtype", None)
+    loading["dtype"] = old_name or loading["dtype"]
+    try:
+        config = AutoConfig.from_pretrained(name, **hub_kwargs(loading))
+        refuse_encoder_decoder(config, role)
+        cuda = [place.index or 0] if place.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):  # loading may draw; the trainer's numbers must not shift
+            model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **loading)
+    except ModelError:
+        raise
+    except Exception as error:  # the libraries below have a dozen ways to say that it can't be loaded
+        raise ModelError(f"{role} is {name!r}, which can't be loaded as a causal language model: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{role} is {name!r}, whose checkpoint lacks {len(missing)} weights ({missing[0]}, ...): they would be "
+            "random. Use a checkpoint of a causal language model."
+        )
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def _refuse_partial_weights(role: str) -> None:
+    """Under these two, `from_pretrained` gives empty or partitioned weights, and scores that nobody would suspect."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        cause, remedy = "FSDP's RAM-efficient loading", "set fsdp_cpu_ram_efficient_loading: false"
+    elif is_deepspeed_zero3_enabled():
+        cause, remedy = "DeepSpeed ZeRO-3", "use ZeRO-2"
+    else:
+        return
+    raise ModelError(
+        f"{role} can't be loaded under {cause}: its weights would be empty or partitioned. Pass a model that was "
+        f"loaded before the trainer's arguments were made, or {remedy}."
+    )
+
+
+def hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where a repository is, for its config and its tokenizer."""
+    names = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def refuse_encoder_decoder(config: PretrainedConfig, role: str) -> None:
+    """
+    Raises:
+        ModelError: the architecture has an encoder.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{role} is a {config.model_type}, an encoder-decoder: a completion must continue its prompt in one "
+            "sequence. Use a decoder-only model."
+        )
+
+
+def _find_device(device: str) -> torch.device:
+    if device == "auto":
+        return cast(torch.device, PartialState().device)
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cdr_device is {device!r}, which torch does not know. Use auto, cpu or cuda:0, say."
+        ) from error
+
+
+def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, dtype)  # type: ignore[no-any-return]
