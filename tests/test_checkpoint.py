@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import T5Config
 
 from trl_cdr import ModelError
 from trl_cdr.scoring.checkpoint import identify_weights, read_config, weights_mb
@@ -29,6 +30,12 @@ def test_a_model_of_the_hub_is_its_commit(cached):
     for ask in (read_config, identify_weights):
         with pytest.raises(ModelError, match="weak is 'some/other', whose config can't be loaded"):
             ask("some/other", "weak", init_kwargs=cached)
+
+
+def test_an_encoder_decoder(tmp_path):
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="weak is a t5, an encoder-decoder"):
+        read_config(str(tmp_path), "weak")
 
 
 def test_a_folder_is_its_content(tmp_path):

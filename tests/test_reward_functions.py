@@ -28,8 +28,7 @@ def test_objectives_share_the_pair_and_what_they_leave_open(args, checkpoints):
     assert [reward.config.cdr_seed for reward in (a, b, c)] == [7, 7, 1]
     assert [reward.config.cdr_max_length for reward in (a, b, c)] == [200] * 3
     assert [reward.scorer.criteria is None for reward in (a, b, c)] == [True, False, True]
-    a.scorer.load()
-    assert len({id(reward.scorer._load().pair) for reward in (a, b, c)}) == 1
+    assert len({id(reward.scorer._source) for reward in (a, b, c)}) == 1
 
 
 def test_rewards_by_name():

@@ -1,6 +1,6 @@
 """What can be known of a checkpoint without loading its weights: its config, which weights they are, their size.
 
-Loads nothing; `causal_lm` does. Asked before a long run begins, and by whoever must tell two checkpoints apart.
+Loads nothing; `loading` does. Asked before a long run begins, and by whoever must tell two checkpoints apart.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file, extract_commit_hash
 
 from ..errors import ModelError
-from .causal_lm import hub_kwargs
+from .loading import hub_kwargs, refuse_encoder_decoder
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 # What else in a folder decides on the scores: architecture, end tokens, tokenizer and chat template.
@@ -36,13 +36,15 @@ def read_config(
         init_kwargs (`Mapping`, *optional*): `from_pretrained`'s; those that say where a repository is are heeded.
 
     Raises:
-        ModelError: there is none, or no such model.
+        ModelError: there is none, no such model, or it is an encoder-decoder.
     """
     kwargs = {"revision": revision, "trust_remote_code": False, **(init_kwargs or {})}
     try:
-        return AutoConfig.from_pretrained(name, **hub_kwargs(kwargs))
+        config = AutoConfig.from_pretrained(name, **hub_kwargs(kwargs))
     except Exception as error:  # the libraries below have a dozen ways to say that it can't be loaded
         raise _unreadable(name, role, error) from error
+    refuse_encoder_decoder(config, role)
+    return config
 
 
 def identify_weights(
