@@ -99,7 +99,7 @@ def test_a_line_that_is_no_score_is_named(garbage, score, out):
 
 def test_an_output_dir_that_is_a_file(score, out):
     out.write_text("")
-    with pytest.raises(ConfigError, match="output_dir is .*out', where nothing can be written: .*File exists"):
+    with pytest.raises(ConfigError, match="output_dir is .*out', which can't be written or locked: .*File exists"):
         score()
 
 

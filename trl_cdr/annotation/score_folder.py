@@ -42,7 +42,7 @@ def hold(folder: Path) -> Iterator[None]:
     Keep a folder to this process; the lock goes when the process ends, however it ends.
 
     Raises:
-        ConfigError: another process has it, or nothing can be written there.
+        ConfigError: another process has it, or it can't be written or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,8 +52,8 @@ def hold(folder: Path) -> Iterator[None]:
         raise ConfigError(
             f"output_dir {str(folder)!r} is in use by another process that scores. Wait for it, or pass another one."
         ) from None
-    except OSError as error:
-        raise ConfigError(f"output_dir is {str(folder)!r}, where nothing can be written: {error}") from None
+    except (OSError, NotImplementedError) as error:  # the latter: filelock < 4 where the file system has no locks
+        raise ConfigError(f"output_dir is {str(folder)!r}, which can't be written or locked: {error}") from None
     try:
         yield
     finally:
