@@ -1,6 +1,7 @@
 """The command line as its users meet it: what it prints, what it writes, and how it refuses."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -53,7 +54,9 @@ def test_score(arguments, tmp_path, checkpoints, capsys):
     assert "the completion is None" in written[2]["score"]["error"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["rows"], summary["scored"], sum(summary["unscorable"].values())) == (3, 2, 1)
-    assert "2 of 3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 of 3" in printed
+    assert str(tmp_path / "out" / "scores.jsonl") in printed  # whole, however long
 
 
 def test_a_stopped_run_goes_on(arguments, tmp_path):
@@ -131,7 +134,8 @@ def test_a_bad_line_is_named_and_nothing_is_scored(arguments, tmp_path, capsys, 
 
 
 def test_what_can_not_be_parsed(arguments, tmp_path, capsys):
-    assert "unknown arguments: --cdr_foo 3" in fails(capsys, [*arguments, "--cdr_foo", "3"])
+    assert "unknown arguments: cdr_foo. trl-cdr score --help" in fails(capsys, [*arguments, "--cdr_foo", "3"])
+    assert "unknown arguments: 3, which follow no name" in fails(capsys, [*arguments, "3"])
     assert "invalid choice: 'max'" in fails(capsys, [*arguments, "--cdr_reduction", "max"])
     assert "batch_size is 0" in fails(capsys, [*arguments, "--batch_size", "0"])
     assert "no such file exists" in fails(capsys, [*arguments, "--input", str(tmp_path / "none")])
@@ -210,13 +214,15 @@ def test_costs_are_compared_round_by_round():
     assert all(len(cost.seconds) == 3 for cost in costs.values())
 
 
-def test_doctor(checkpoints, capsys):
+def test_doctor(checkpoints, capsys, tmp_path):
     main(["doctor"])
     assert "transformers" in capsys.readouterr().out
-    main(["doctor", "--cdr_strong", checkpoints["strong"], "--cdr_weak", checkpoints["weak"]])
+    strong = shutil.copytree(checkpoints["strong"], tmp_path / ("a_name_that_no_terminal_holds_" * 4) / "strong")
+    main(["doctor", "--cdr_strong", str(strong), "--cdr_weak", checkpoints["weak"]])
     printed = capsys.readouterr().out
+    assert str(strong) in printed
     assert printed.count("runs packed") == 2
     assert "a turn ends with '<|im_end|>'" in printed
     assert "every row encoded once" in printed
     assert "MB more at work, kept prefixes" in printed
-    assert "unknown arguments: --foo" in fails(capsys, ["doctor", "--foo", "--cdr_strong", "a", "--cdr_weak", "b"])
+    assert "unknown arguments: foo" in fails(capsys, ["doctor", "--foo", "--cdr_strong", "a", "--cdr_weak", "b"])

@@ -21,6 +21,7 @@ FLOORS = {
     "demo": 5,
     "bench": 5,
     "doctor": 5,
+    "arguments": 5,
     "cli": 6,
     "__main__": 7,
 }

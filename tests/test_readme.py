@@ -56,15 +56,19 @@ def test_the_criteria_in_the_readme_are_valid():
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")  # TRL's, see test_train
 def test_the_yaml_is_read_to_the_last_key(tmp_path):
-    from trl import GRPOConfig, ModelConfig, TrlParser
+    from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
     from trl.scripts.grpo import GRPOScriptArguments
 
-    ours, trls = (yaml.safe_load(block) for block in blocks("yaml"))
+    ours, several, trls = (yaml.safe_load(block) for block in blocks("yaml"))
     assert read_environment(trls.pop("env")) == CDRConfig(ours["cdr_strong"], ours["cdr_weak"])
     path = tmp_path / "run.yaml"
-    for given, kinds in ((ours, (TrainArguments, CDRConfig)), (trls, ())):
+    assert len(several["reward_weights"]) == len(several["cdr_objectives"] + several["reward_funcs"])
+    for given, kinds in (
+        (ours | several, (ScriptArguments, TrainArguments, CDRConfig)),
+        (trls, (GRPOScriptArguments,)),
+    ):
         path.write_text(yaml.safe_dump(given))
-        parser = TrlParser((GRPOScriptArguments, GRPOConfig, ModelConfig, *kinds))
+        parser = TrlParser((GRPOConfig, ModelConfig, *kinds))
         *_, unknown = parser.parse_args_and_config(
             ["--config", str(path), "--use_cpu", "--bf16", "False"], return_remaining_strings=True
         )

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,12 @@ import yaml
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from tiny import TRAINING, answer, chat, llama
-from trl import ScriptArguments
+from trl import ModelConfig, ScriptArguments
 
 from trl_cdr import CDRConfig, ConfigError, InputError
-from trl_cdr.cli import main
+from trl_cdr.cli import _OFTEN, main
 from trl_cdr.training.prompts import load_prompts
-from trl_cdr.training.train import TrainArguments, make_reward
+from trl_cdr.training.train import TrainArguments, rewards_for
 
 pytestmark = [
     # TRL's configs set gradient_checkpointing, which transformers 5 renamed; drop when TRL follows
@@ -91,9 +93,15 @@ def refused(run, capsys):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_each_trainer_from_yaml(name, options, run, policy, caplog):
+def test_each_trainer_from_yaml(name, options, run, policy, caplog, capsys):
     options |= {"trainer": name, "cdr_name": "pair", "cdr_typicality": float("inf"), **TRAINERS[name]}
     folder, steps, logged = run({**options, "cdr_chat_template_kwargs": {"enable_thinking": False}})
+    said = capsys.readouterr()
+    assert said.err.index("loading the pair: strong ") < said.err.index(f"loading the policy: {policy} (0.2 MB)")
+    closing = said.out[said.out.index(f"2 steps of {name} in 0:00:") :]
+    rows = {line[:20].strip(): line[20:].split() for line in closing.splitlines()[1:] if line}
+    assert [len(rows[label]) for label in ("reward", "gated", "tokens a completion")] == [2, 2, 2]
+    assert str(folder / "trainer_state.json") in closing
     assert steps == 2
     own = "objective/scores" if name == "online_dpo" else "rewards/pair_reward/mean"
     assert {own, "pair/gated", "pair/step_share"} <= logged
@@ -108,7 +116,8 @@ def test_the_reward_follows_the_trainer(name, tmp_path):
     training_args = arguments.config_class(str(tmp_path), use_cpu=True, bf16=False, seed=7, report_to="none")
 
     def made(**options):
-        return make_reward(arguments, training_args=training_args, cdr_args=CDRConfig("a", "b", **options)).config
+        [reward] = rewards_for(arguments, training_args=training_args, cdr_args=CDRConfig("a", "b", **options))
+        return reward.config
 
     assert made().cdr_seed == 7
     assert made().cdr_add_special_tokens == ("false" if name == "online_dpo" else "auto")
@@ -122,7 +131,7 @@ def test_the_command_line_goes_before_yaml(options, run):
     assert "rewards/cdr_reward/mean" in logged
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(options, run, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(options, run, tmp_path, capsys):
     options |= {**TRAINERS["grpo"], "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole, *_ = run(options)
     resumed, steps, _ = run(
@@ -131,9 +140,50 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, run, tmp_path):
     assert steps == 4
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
     assert all(first[key].equal(second[key]) for key in first)
-    (whole / "checkpoint-4").rename(tmp_path / "gone")
+    (whole / "checkpoint-4" / "trainer_state.json").unlink()  # the job was killed while it saved
+    (whole / "checkpoint-best").mkdir()
+    (whole / "checkpoint-best" / "trainer_state.json").write_text("{}")
+    capsys.readouterr()
     assert run(options, "--resume_from_checkpoint", "true")[1] == 4
-    assert (whole / "checkpoint-4").is_dir()
+    assert f"resuming from {whole}/checkpoint-2\n" in capsys.readouterr().err
+    third = load_file(whole / "model.safetensors")
+    assert all(first[key].equal(third[key]) for key in first)
+
+
+def test_a_job_that_may_be_stopped_starts_anew_where_no_checkpoint_is(options, run, capsys):
+    _, steps, _ = run({**options, **TRAINERS["grpo"], "max_steps": 1, "resume_from_checkpoint": True})
+    assert steps == 1
+    assert f"no checkpoint in {options['output_dir']}: starting anew" in capsys.readouterr().err
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("name", TRAINERS)
+def test_several_rewards_from_yaml(name, options, run, tmp_path, monkeypatch, capsys):
+    """Two objectives that share the pair, one of TRL's own, and one of the user's, found from the working directory."""
+    (tmp_path / "my_own_rewards.py").write_text("def brief(completions, **_):\n    return [1.0 for _ in completions]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    objectives = [{"name": "plain", "typicality": float("inf")}, {"name": "safe", "criteria": "safety"}]
+    *_, logged = run(
+        {
+            **options,
+            **TRAINERS[name],
+            "trainer": name,
+            "max_steps": 1,
+            "cdr_max_length": 250,
+            "cdr_objectives": objectives,
+            "reward_funcs": ["think_format_reward", "my_own_rewards.brief"],
+            "reward_weights": [1.0, 0.5, 0.25, 1000.0],
+        }
+    )
+    assert {"plain/gated", "safe/gated", "plain/step_share", "safe/step_share"} <= logged
+    out = capsys.readouterr().out
+    [total] = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("reward ")]
+    assert total > 500  # the weight of the last
+    if name != "online_dpo":
+        assert [f"rewards/{each}/mean" in logged for each in ("plain_reward", "think_format_reward", "brief")] == [
+            True
+        ] * 3
 
 
 def test_evaluation(options, run, tmp_path):
@@ -155,27 +205,87 @@ def test_lora(name, options, run):
     assert not (folder / "model.safetensors").exists()
 
 
+OBJECTIVES = [{"name": "a"}, {"name": "b"}]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cdr_strnog": "a"}, "unknown arguments: --cdr_strnog a"),
-        ({"max_new_tokens": 8}, "unknown arguments: --max_new_tokens 8"),
+        ({"cdr_strnog": "a"}, "unknown arguments: cdr_strnog (did you mean cdr_strong?). trl-cdr train --help"),
+        ({"max_new_tokens": 8}, "unknown arguments: max_new_tokens (of trainer online_dpo, not of grpo)"),
         ({"trainer": "ppo"}, "trainer is 'ppo'. Use one of: grpo, rloo, online_dpo, online_preference"),
         ({"cdr_reduction": "max"}, "cdr_reduction is 'max'"),
         ({"num_generations": 3}, "num_generations (3)"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
+        ({"output_dir": f"{__file__}/out"}, "test_train.py' is no folder that can be written"),
+        ({"resume_from_checkpoint": "no/such"}, "resume_from_checkpoint is 'no/such', and no such folder exists"),
+        ({"cdr_criteria": "no.toml"}, "criteria"),
+        ({"cdr_criteria": "safety+chat"}, "criteria has several domains (safety, chat), and nothing selects one"),
+        ({"cdr_criteria": "safety", "cdr_router": "no.such"}, "router is 'no.such', which can't be imported"),
+        ({"cdr_objectives": "{"}, "cdr_objectives is '{', which is no JSON"),
+        ({"cdr_objectives": {"name": "a"}}, "cdr_objectives is {'name': 'a'}. Give a list of mappings."),
+        ({"cdr_objectives": [{"name": "a", "crit": "b"}]}, "cdr_objectives[0] has 'crit', which is no option"),
+        ({"cdr_objectives": [{"name": "a"}, {}, {}]}, "cdr_objectives[2] is called 'cdr', as another is"),
+        ({"cdr_objectives": [{"strong": "b"}]}, "cdr_objectives[0] has 'strong', which is the pair's"),
+        ({"cdr_objectives": [{"reduction": "max"}]}, "cdr_objectives[0]: cdr_reduction is 'max'"),
+        ({"reward_funcs": [1]}, "reward_funcs is [1]. Give a list of names."),
+        ({"reward_funcs": "no_such"}, "reward_funcs has 'no_such', which can't be imported"),
+        ({"reward_funcs": ["no.such"]}, "reward_funcs has 'no.such', which can't be imported"),
+        ({"reward_weights": [1.0, 2.0]}, "Give a list with one number for each, in this order: cdr_reward."),
+        (
+            {"reward_weights": [1.0], "cdr_objectives": OBJECTIVES, "reward_funcs": ["think_format_reward"]},
+            "there are 3 reward functions. Give a list with one number for each, in this order: a_reward, b_reward, "
+            "think_format_reward.",
+        ),
+        ({}, "cdr_strong is 'no/such/model', whose config can't be loaded"),
+    ],
+)
+def test_what_is_refused_before_anything_is_read(change, message, options, refused):
+    missing = {"cdr_strong": "no/such/model", "cdr_weak": "no/such/model", "dataset_name": "no/such/data"}
+    options = {**options, **TRAINERS["grpo"], **missing, **change}
+    assert message in refused({key: value for key, value in options.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model_name_or_path": "no/such/policy"},
+            "model_name_or_path is 'no/such/policy', whose config can't be loaded",
+        ),
         ({"dataset_name": None}, "dataset_name is missing"),
         ({"dataset_name": "no/such.jsonl"}, "dataset_name is 'no/such.jsonl', which can't be read: no such file"),
         ({"dataset_name": "no-such/data"}, "dataset_name is 'no-such/data', which can't be read"),
         ({"dataset_train_split": "train_sft"}, "has no split 'train_sft', but train. Pass dataset_train_split"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "has no split 'test', but train"),
-        ({"resume_from_checkpoint": True}, "holds no checkpoint"),
-        ({"resume_from_checkpoint": "no/such"}, "resume_from_checkpoint is 'no/such', and no such folder exists"),
+        ({"cdr_criteria": "safety", "cdr_router": "column:kind"}, "has no column 'kind', which cdr_router reads; its"),
+        ({}, "strong is "),  # the pair's weights, which are not there
     ],
 )
-def test_what_is_refused_before_a_model_is_loaded(change, message, options, refused):
-    options = {**options, **TRAINERS["grpo"], "cdr_strong": "no/such/model", "cdr_weak": "no/such/model", **change}
+def test_what_is_refused_before_weights_are_loaded(change, message, options, refused, tmp_path):
+    """Of the pair and of the policy there is a config and a tokenizer, and no more."""
+    for role in ("cdr_strong", "cdr_weak", "model_name_or_path"):
+        folder = shutil.copytree(options[role], tmp_path / role)
+        (folder / "model.safetensors").unlink()
+        options[role] = str(folder)
+    options = {**options, **TRAINERS["grpo"], **change}
     assert message in refused({key: value for key, value in options.items() if value is not None})
+
+
+def test_what_the_trainer_refuses_is_one_line(options, refused, tmp_path):
+    folder = shutil.copytree(options["model_name_or_path"], tmp_path / "policy")
+    (folder / "model.safetensors").unlink()
+    err = refused({**options, **TRAINERS["grpo"], "model_name_or_path": str(folder)})
+    assert "trl-cdr train: trainer grpo can't be made: " in err.splitlines()[-1]
+    assert "model.safetensors" in err.splitlines()[-1]
+
+
+def test_a_pair_without_a_tokenizer(options, refused, tmp_path):
+    folder = shutil.copytree(options["cdr_weak"], tmp_path / "weak")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    options |= {**TRAINERS["grpo"], "cdr_weak": str(folder), "dataset_name": "no/such.jsonl"}
+    assert "the tokenizer of cdr_weak can't be loaded from " in refused(options)
 
 
 def test_online_dpo_can_not_evaluate(options, refused):
@@ -183,25 +293,80 @@ def test_online_dpo_can_not_evaluate(options, refused):
     assert "eval_strategy is 'steps', and TRL's OnlineDPOTrainer can't evaluate" in refused(options)
 
 
-def test_a_config_that_is_no_yaml(tmp_path, capsys):
+@pytest.mark.compat
+@pytest.mark.parametrize("command", ["train", "score"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [\n", "--config: while parsing"),
+        (b"\xff\xfe\xff", "--config: "),
+        (b"", "which is empty. Write lines such as"),
+        (b"- a\n", "which holds no names with values"),
+        (b"1: a\n", "which holds no names with values"),
+        (b"env: [a]\n", "whose env is ['a']. Give it names with values."),
+    ],
+)
+def test_a_config_that_can_not_be_read(command, content, message, tmp_path, capsys):
     path = tmp_path / "run.yaml"
-    path.write_text("a: [\n")
-    with pytest.raises(SystemExit):
-        main(["train", "--config", str(path)])
-    assert "trl-cdr train: --config: while parsing" in capsys.readouterr().err
+    path.write_bytes(content)
+    for arguments in (["--config", str(path)], [f"--config={path}"]):
+        with pytest.raises(SystemExit) as stop:
+            main([command, *arguments])
+        assert stop.value.code == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"trl-cdr {command}: --config")
+        assert message in line
 
 
-def test_help_lists_the_arguments_of_the_trainer(capsys):
-    for name, its_own in (
-        ("grpo", "--num_iterations"),
-        ("online_dpo", "--max_new_tokens"),
-        ("online_preference", "--gamma_beta_ratio"),
+def test_a_config_that_is_not_there(tmp_path, capsys):
+    for arguments, message in (
+        (["--config"], "--config names no file"),
+        (["--config", str(tmp_path / "no.yaml")], "No such file"),
+        (["--config", str(tmp_path)], "Is a directory"),
     ):
         with pytest.raises(SystemExit) as stop:
-            main(["train", "--trainer", name, "--help"])
-        assert stop.value.code == 0
-        printed = capsys.readouterr().out
-        assert all(word in printed for word in (its_own, "--trainer", "--cdr_strong", "--lora_r"))
+            main(["train", *arguments])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def helped(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *arguments])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_is_what_a_newcomer_reads(capsys, monkeypatch):
+    """Ours first, then the trainer's, the model's and the data set's; examples last; three screens."""
+    monkeypatch.setenv("COLUMNS", "100")
+    printed = helped(capsys, "--help")
+    order = ["--config FILE", "--trainer grpo|", "--cdr_objectives", "--cdr_strong", "trainer grpo (GRPOConfig)"]
+    order += ["--output_dir", "--learning_rate", "--model_name_or_path", "--dataset_name", "examples:"]
+    assert [printed.index(word) for word in order] == sorted(printed.index(word) for word in order)
+    assert printed[printed.index("examples:") :].count("trl-cdr train") + printed.count("-m trl_cdr train") == 3
+    assert len(printed.splitlines()) < 150
+    assert "--adam_beta1" not in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_help_speaks_of_the_trainer_asked_for(capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text("trainer: online_dpo\n")
+    for arguments, its_own in (
+        ([], "--num_iterations"),
+        (["--config", str(tmp_path / "run.yaml")], "--max_new_tokens"),
+        (["--trainer", "online_preference"], "--gamma_beta_ratio"),
+    ):
+        printed = helped(capsys, *arguments, "--help_all")
+        assert all(
+            f"  {word} " in printed for word in (its_own, "--trainer", "--cdr_strong", "--lora_r", "--adam_beta1")
+        )
+
+
+def test_help_shows_nothing_that_no_trainer_has():
+    kinds = [ModelConfig, ScriptArguments, *(TrainArguments(name).config_class for name in TRAINERS)]
+    known = {field.name for kind in kinds for field in fields(kind)}
+    assert set(_OFTEN) <= known
 
 
 def prompts(rows, tmp_path, **arguments):
@@ -243,6 +408,17 @@ def test_what_has_no_prompts(tmp_path):
         load_prompts(ScriptArguments(dataset_name=str(tmp_path / "broken.jsonl")), splits=["train"])
     with pytest.raises(ConfigError, match="dataset_name is missing"):
         load_prompts(ScriptArguments(), splits=["train"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_columns_that_routers_read(tmp_path, streaming):
+    name = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "kind": "b"}])
+    arguments = ScriptArguments(dataset_name=name, dataset_streaming=streaming)
+    load_prompts(arguments, splits=["train"], columns=["kind"])
+    with pytest.raises(
+        InputError, match="split 'train', has no column 'topic', .* its columns are: prompt, kind. Add it"
+    ):
+        load_prompts(arguments, splits=["train"], columns=["kind", "topic"])
 
 
 def launch(command, tmp_path, settings):

@@ -6,10 +6,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
 
 from . import __version__
+from .arguments import Group, explain_unknown, write_help
 from .errors import CDRError, ConfigError
 
 _COMMANDS = {
@@ -19,6 +23,34 @@ _COMMANDS = {
     "bench": "measure what scoring costs, beside the naive way",
     "doctor": "print versions, and how each model of a pair will run: what a bug report should hold",
 }
+# Of a trainer's config, of ModelConfig and of ScriptArguments: what `train --help` shows, in this order, and the words
+# for it where theirs say less or other than what holds here.
+_OFTEN = {
+    "output_dir": "Folder of the model, the checkpoints and the log.",
+    **dict.fromkeys(("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size"), ""),
+    **dict.fromkeys(("gradient_accumulation_steps", "num_generations", "max_completion_length", "max_new_tokens"), ""),
+    **dict.fromkeys(("temperature", "beta", "preference_loss", "preference_beta", "gamma_beta_ratio", "sft_coef"), ""),
+    **dict.fromkeys(("pair_strategy", "use_vllm", "bf16", "logging_steps", "log_completions", "eval_strategy"), ""),
+    "reward_weights": "One number for each reward, in the order above: the pair's first.",
+    **dict.fromkeys(("save_steps", "save_total_limit"), ""),
+    "resume_from_checkpoint": "A checkpoint's folder, or true: the last one in output_dir, if there is one.",
+    **dict.fromkeys(("report_to", "push_to_hub", "seed"), ""),
+    "model_name_or_path": "The policy: a name on the Hub or a path.",
+    **dict.fromkeys(("model_revision", "dtype", "attn_implementation"), ""),
+    **dict.fromkeys(("use_peft", "lora_r", "lora_target_modules", "load_in_4bit"), ""),
+    "dataset_name": "The prompts: a name on the Hub, a folder, or a .jsonl, .json, .csv or .parquet file.",
+    "dataset_config": "Which of the data set's configurations.",
+    "dataset_train_split": "Which split trains.",
+    "dataset_test_split": "Which split eval_strategy evaluates.",
+    "dataset_streaming": "",
+}
+_TRAIN_EXAMPLES = (
+    "trl-cdr train --config run.yaml --max_steps 200",
+    "accelerate launch -m trl_cdr train --config run.yaml        # one process for each GPU",
+    "trl-cdr train --trainer online_preference --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\\n"
+    "      --dataset_name trl-lib/ultrafeedback-prompt \\\n"
+    "      --cdr_strong Qwen/Qwen2.5-1.5B-Instruct --cdr_weak Qwen/Qwen2.5-1.5B",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, summary in _COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
     command, rest = parser.parse_known_args(argv)
+    if not {"", os.getcwd()} & set(sys.path):  # functions that options name by dotted path, as under python -m
+        sys.path.append(os.getcwd())
     try:
         run = {"demo": _demo, "train": _train, "score": _score, "bench": _bench, "doctor": _doctor}[command.command]
         run(rest)
@@ -52,6 +86,7 @@ def _demo(argv: list[str]) -> None:
     parser.add_argument("--no_cache", action="store_true", help="build the tiny models anew")
     parser.add_argument("--customize", action="store_true", help="show what criteria and exemplars do, in its place")
     args = parser.parse_args(argv)
+    _check_output(args.output_dir)
 
     if args.customize:
         from .demo.customize import run_customize as run
@@ -65,12 +100,29 @@ def _train(argv: list[str]) -> None:
     from trl import ModelConfig, ScriptArguments
 
     from .config import CDRConfig
-    from .training.train import TrainArguments, train
+    from .training.train import TrainArguments, TrainerName, train
 
     # --trainer, on the command line or in YAML, says which config reads the rest.
-    [first], _ = _read("train", (TrainArguments,), argv, add_help=False)
-    kinds = (TrainArguments, ScriptArguments, first.config_class, ModelConfig, CDRConfig)
-    arguments, script_args, training_args, model_args, cdr_args = _parse("train", kinds, argv)
+    argv, _ = _read_config(argv)
+    [first], _ = _build("train", (TrainArguments,), argv)
+    groups = (
+        Group("the trainer and its rewards", TrainArguments),
+        Group("the pair and its reward", CDRConfig),
+        Group(f"trainer {first.trainer} ({first.config_class.__name__})", first.config_class, _OFTEN),
+        Group("the policy (ModelConfig)", ModelConfig, _OFTEN),
+        Group("the data set (ScriptArguments)", ScriptArguments, _OFTEN),
+    )
+
+    def elsewhere(name: str) -> str | None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # trl.experimental's, of a trainer that nobody asked for
+            owners = [other for other in get_args(TrainerName) if name in _names(TrainArguments(other).config_class)]
+        return f"of trainer {', '.join(owners)}, not of {first.trainer}" if owners else None
+
+    arguments, cdr_args, training_args, model_args, script_args = _parse(
+        "train", groups, argv, examples=_TRAIN_EXAMPLES, elsewhere=elsewhere
+    )
+    _check_output(training_args.output_dir)
     train(arguments, script_args=script_args, training_args=training_args, model_args=model_args, cdr_args=cdr_args)
 
 
@@ -78,7 +130,8 @@ def _score(argv: list[str]) -> None:
     from .annotation.score_file import ScoreArguments, score_file
     from .config import CDRConfig
 
-    arguments, config = _parse("score", (ScoreArguments, CDRConfig), argv)
+    groups = (Group("what to score", ScoreArguments), Group("the pair", CDRConfig))
+    arguments, config = _parse("score", groups, argv)
     score_file(arguments, config)
 
 
@@ -128,39 +181,92 @@ def _doctor(argv: list[str]) -> None:
     from .config import CDRConfig
     from .doctor import examine, print_examination
 
-    parsed = _parse("doctor", (CDRConfig,), argv) if argv else (None,)
+    groups = (Group("a pair to load and check (without one, versions alone)", CDRConfig),)
+    parsed = _parse("doctor", groups, argv) if argv else (None,)
     print_examination(examine(parsed[0]))
 
 
-def _parse(command: str, kinds: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
+def _parse(
+    command: str,
+    groups: Sequence[Group],
+    argv: list[str],
+    *,
+    examples: Sequence[str] = (),
+    elsewhere: Callable[[str], str | None] | None = None,
+) -> tuple[Any, ...]:
     """Dataclasses from the command line and `--config`; unlike TRL's own scripts, what is unknown is an error."""
-    parsed, unknown = _read(command, kinds, argv)
-    if unknown:
-        raise ConfigError(
-            f"unknown arguments: {' '.join(unknown)}. trl-cdr {command} --help lists those that are known."
-        )
+    asked = {word.replace("-", "_") for word in argv} & {"_h", "__help", "__help_all"}
+    if asked:
+        print(write_help(command, _describe(command), groups, examples=examples, everything="__help_all" in asked))
+        raise SystemExit(0)
+    argv, config = _read_config(argv)
+    kinds = tuple(group.kind for group in groups)
+    known: set[str] = set().union(*map(_names, kinds))
+    words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--") and word != "--config"]
+    unknown = explain_unknown([*config, *words], known | {f"no_{name}" for name in known}, elsewhere=elsewhere)
+    if unknown is not None:  # before the dataclasses have their say: what they miss may just be misspelled
+        raise ConfigError(f"unknown arguments: {unknown}. trl-cdr {command} --help lists those that are known.")
+    parsed, left = _build(command, kinds, argv)
+    if left:
+        raise ConfigError(f"unknown arguments: {' '.join(left)}, which follow no name. Write --NAME VALUE.")
     return parsed
 
 
-def _read(
-    command: str, kinds: tuple[type, ...], argv: list[str], *, add_help: bool = True
-) -> tuple[tuple[Any, ...], list[str]]:
+def _names(kind: type) -> set[str]:
+    return {field.name for field in fields(kind) if field.init}
+
+
+def _build(command: str, kinds: tuple[type, ...], argv: list[str]) -> tuple[tuple[Any, ...], list[str]]:
     """Dataclasses, and the words that no field of theirs claims."""
-    import yaml
     from trl import TrlParser
 
     parser = TrlParser(
-        kinds, prog=f"trl-cdr {command}", description=_describe(command), add_help=add_help, allow_abbrev=False
+        kinds,
+        prog=f"trl-cdr {command}",
+        usage=f"trl-cdr {command} [--config FILE] [--ARGUMENT VALUE ...]  (--help: all of them)",
+        add_help=False,
+        allow_abbrev=False,
     )
     try:
-        *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+        *parsed, left = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except CDRError:
         raise
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config: {error}") from error
-    except ValueError as error:  # how TRL's and transformers' configs refuse a value
+    except (TypeError, ValueError) as error:  # how TRL's and transformers' configs refuse a value
         raise ConfigError(str(error)) from error
-    return tuple(parsed), unknown
+    return tuple(parsed), left
+
+
+def _read_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments with `--config FILE` as two words, as TRL's parser wants them, and what the file holds for it."""
+    import yaml
+
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in argv:
+        return argv, {}
+    name = next(iter(argv[argv.index("--config") + 1 :]), None)
+    if name is None:
+        raise ConfigError("--config names no file. Give the path of a YAML file.")
+    try:
+        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        what = "is empty" if content is None else "holds no names with values"
+        raise ConfigError(f"--config is {name!r}, which {what}. Write lines such as cdr_strong: NAME.")
+    environment = content.pop("env", {})
+    if not isinstance(environment, dict):
+        raise ConfigError(f"--config is {name!r}, whose env is {environment!r}. Give it names with values.")
+    return argv, content
+
+
+def _check_output(folder: str) -> None:
+    """Whether a folder can be made and written, before a long run finds out."""
+    path = Path(folder).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"output_dir is {folder!r}, and {str(existing)!r} is no folder that can be written. Pass another one."
+        )
 
 
 def _describe(command: str) -> str:

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from rich.console import Console
-from rich.table import Table
 
 from . import _compat
 from .config import CDRConfig
@@ -40,30 +38,29 @@ def examine(config: CDRConfig | None) -> dict[str, Any]:
 
 
 def print_examination(found: dict[str, Any]) -> None:
-    """The findings as a table on stdout."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("platform", found["platform"])
-    for name, installed in found["packages"].items():
-        table.add_row(name, installed or "-")
-    table.add_row("device", found["device"])
+    """The findings on stdout, line by line: in a bug report nothing is cut off."""
+    lines = [("platform", found["platform"])]
+    lines += [(name, installed or "-") for name, installed in found["packages"].items()]
+    lines.append(("device", found["device"]))
     pair = found["pair"]
     if pair is not None:
         for role in ("strong", "weak"):
             model = pair[role]
-            table.add_row("")
-            table.add_row(role, model["name"])
-            table.add_row(
-                "", f"{model['architecture']}, {model['parameters']:,} parameters, {model['weights_mb']:,.0f} MB"
-            )
-            table.add_row(
-                "", f"about {model['work_mb']:,.0f} MB more at work, kept prefixes {model['prefix_mb']:,.0f} MB"
-            )
-            table.add_row("", f"{model['dtype']} on {model['device']}, {model['attention']} attention")
             reason = f" ({model['reason']})" if model["reason"] else ""
-            table.add_row("", f"runs {model['way']}{reason}")
-            table.add_row("", f"rows of up to {model['max_length'] or 'any number of'} tokens")
-            table.add_row("", f"a turn ends with {model['end_of_turn']!r}; chat template: {model['chat_template']}")
-        table.add_row("")
-        table.add_row("together", "one vocabulary" if pair["shares_vocabulary"] else "different vocabularies")
-        table.add_row("", "every row encoded once" if pair["reads_alike"] else "every row encoded for each")
-    Console(soft_wrap=True).print(table)
+            lines += [
+                ("", ""),
+                (role, model["name"]),
+                ("", f"{model['architecture']}, {model['parameters']:,} parameters, {model['weights_mb']:,.0f} MB"),
+                ("", f"about {model['work_mb']:,.0f} MB more at work, kept prefixes {model['prefix_mb']:,.0f} MB"),
+                ("", f"{model['dtype']} on {model['device']}, {model['attention']} attention"),
+                ("", f"runs {model['way']}{reason}"),
+                ("", f"rows of up to {model['max_length'] or 'any number of'} tokens"),
+                ("", f"a turn ends with {model['end_of_turn']!r}; chat template: {model['chat_template']}"),
+            ]
+        lines += [
+            ("", ""),
+            ("together", "one vocabulary" if pair["shares_vocabulary"] else "different vocabularies"),
+            ("", "every row encoded once" if pair["reads_alike"] else "every row encoded for each"),
+        ]
+    for label, text in lines:
+        print(f"{label:14}{text}".rstrip())

@@ -1,25 +1,26 @@
 """A JSONL file of prompts and completions -> the same lines with their scores. Resumable; runs no model itself.
 
-Neighbours: `cli` parses the arguments, `scoring.scorer` scores.
+Neighbours: `cli` parses the arguments, `scoring.scorer` scores, `score_folder` knows what an earlier run has left.
 """
 
+import hashlib
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from ..config import CDRConfig
 from ..errors import ConfigError, InputError
+from ..scoring.checkpoint import identify_weights
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
+from .score_folder import Done, check_options, hold, read_done, write_json
 
 _SHOWN = ("value", "strong_logps", "weak_logps", "n_tokens", "domain", "finished", "truncated", "gated", "error")
 
@@ -64,33 +65,62 @@ def score_file(arguments: ScoreArguments, config: CDRConfig) -> dict[str, Any]:
 
     Raises:
         InputError: the file does not exist, or a line is no JSON object with prompt and completion. Nothing is scored.
-        ConfigError: the output folder holds scores of another input or other options.
+        ConfigError: the output folder is in use, can't be written, or holds scores of another input, other weights or
+            other options, or lines that are no scores.
+        ModelError: see `DensityRatioScorer`.
     """
     rows = _read_rows(Path(arguments.input))
     folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    scores_path = folder / "scores.jsonl"
-    done = _read_done(scores_path, rows)
     scorer = DensityRatioScorer.from_config(config)
-    digest = None if scorer.criteria is None else scorer.criteria.digest  # the file that cdr_criteria names may change
-    options = asdict(config) | {"criteria_sha256": digest}
-    if done:
-        _match_options(folder / "options.json", options)
     started = time.perf_counter()
-    scorer.load()
-    (folder / "options.json").write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-    with scores_path.open("a", encoding="utf-8") as out:
-        batches = list(_batches(rows[len(done) :], arguments.batch_size))
-        for batch in track(batches, description="scoring", console=Console(stderr=True), disable=not batches):
+    with hold(folder):
+        done = read_done(folder / "scores.jsonl", rows, fields={*_SHOWN}, batch_size=arguments.batch_size)
+        options = _read_options(scorer)
+        check_options(folder, options)
+        if len(done.scores) < len(rows):
+            described = scorer.describe()  # loads the pair
+            options |= {f"{role}_dtype": described[role]["dtype"] for role in ("strong", "weak")}
+            check_options(folder, options)
+            write_json(folder / "options.json", options)
+            _append_scores(folder / "scores.jsonl", scorer, rows, done, batch_size=arguments.batch_size)
+        summary = _summarise(done.scores, time.perf_counter() - started)
+        write_json(folder / "summary.json", summary)
+    _print_summary(summary, folder / "scores.jsonl")
+    return summary
+
+
+def _read_options(scorer: DensityRatioScorer) -> dict[str, Any]:
+    """What the scores will depend on, as far as it is known without the models."""
+    config = scorer.config
+    init_kwargs: Any = config.cdr_model_init_kwargs
+    template = config.cdr_chat_template
+    return {
+        **asdict(config),
+        "strong_weights": identify_weights(
+            config.cdr_strong, "strong", revision=config.cdr_strong_revision, init_kwargs=init_kwargs
+        ),
+        "weak_weights": identify_weights(
+            config.cdr_weak, "weak", revision=config.cdr_weak_revision, init_kwargs=init_kwargs
+        ),
+        "criteria_sha256": None if scorer.criteria is None else scorer.criteria.digest,
+        "chat_template_sha256": None if template is None else hashlib.sha256(Path(template).read_bytes()).hexdigest(),
+    }
+
+
+def _append_scores(
+    path: Path, scorer: DensityRatioScorer, rows: list[dict[str, Any]], done: Done, *, batch_size: int
+) -> None:
+    """Score what is left, and write it batch by batch behind what is done; `done.scores` grows with it."""
+    left = rows[len(done.scores) :]
+    batches = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
+    with path.open("a", encoding="utf-8") as out:
+        out.truncate(done.bytes)
+        for batch in track(batches, description="scoring", console=Console(stderr=True)):
             for row, score in zip(batch, _score_rows(scorer, batch), strict=True):
                 shown = {name: getattr(score, name) for name in _SHOWN} | {"typicality": _finite(score.typicality)}
                 out.write(json.dumps({**row, "score": shown}) + "\n")
-                done.append(shown)
+                done.scores.append(shown)
             out.flush()
-    summary = _summarise(done, time.perf_counter() - started)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _print_summary(summary, scores_path)
-    return summary
 
 
 def _finite(value: float | None) -> float | None:
@@ -134,40 +164,6 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _match_options(path: Path, options: dict[str, Any]) -> None:
-    """Scores of different options must not end up in one file."""
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(name for name in {*before, *options} if before.get(name) != options.get(name))
-    if changed:
-        name = changed[0]
-        raise ConfigError(
-            f"output_dir {str(path.parent)!r} holds scores with {name}={before.get(name)!r}, and now it is "
-            f"{options.get(name)!r}. Pass another output_dir, or remove this one."
-        )
-
-
-def _read_done(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The scores that an earlier run wrote, one for each of the first rows; a torn last line is cut off."""
-    if not path.exists():
-        return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    written = [json.loads(line) for line in whole.split(b"\n") if line]
-    done = [line.pop("score") for line in written]
-    if written != rows[: len(written)]:
-        raise ConfigError(
-            f"{str(path)!r} holds the scores of another input. Pass another output_dir, or remove this one."
-        )
-    if whole != text:
-        path.write_bytes(whole)
-    return done
-
-
-def _batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
 def _summarise(scores: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     values = [score["value"] for score in scores if score["value"] is not None]
     return {
@@ -181,13 +177,15 @@ def _summarise(scores: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
 
 
 def _print_summary(summary: dict[str, Any], path: Path) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("rows scored", f"{summary['scored']} of {summary['rows']}")
     mean = summary["value"]["mean"]
-    table.add_row("mean log-ratio", "-" if mean is None else f"{mean:+.3f} nats")
-    table.add_row("completion tokens", f"{summary['tokens']:,}")
-    table.add_row("seconds", f"{summary['seconds']:.1f}")
-    for reason, count in summary["unscorable"].items():
-        table.add_row(f"unscorable ({count})", reason)
-    table.add_row("written to", str(path))
-    Console().print(table)
+    lines = [
+        ("rows scored", f"{summary['scored']} of {summary['rows']}"),
+        ("mean log-ratio", "-" if mean is None else f"{mean:+.3f} nats"),
+        ("completion tokens", f"{summary['tokens']:,}"),
+        ("seconds", f"{summary['seconds']:.1f}"),
+        *((f"unscorable ({count})", reason) for reason, count in summary["unscorable"].items()),
+        ("written to", str(path)),
+    ]
+    width = max(len(label) for label, _ in lines)
+    for label, text in lines:
+        print(f"{label:{width}}  {text}")

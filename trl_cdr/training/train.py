@@ -1,23 +1,32 @@
 """Parsed arguments -> a run of one of TRL's trainers, or of ours, on CDR labels, as TRL's own scripts make one.
 
-`cli` parses, `prompts` loads the data set, `reward` labels, the trainer trains. Nothing of the method is here.
+`cli` parses, `reward_functions` label, `prompts` loads the data set, the trainer trains, `summary` says what came of
+it. Nothing of the method is here.
 """
 
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from accelerate import PartialState
 from transformers import AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .._compat import end_training, trust_remote_code
+from ..conditioning.router import COLUMN
 from ..config import CDRConfig
-from ..errors import ConfigError
+from ..errors import CDRError, ConfigError
+from ..scoring.checkpoint import read_config, weights_mb
+from ..scoring.pair import load_tokenizer
 from .callback import CDRCallback
 from .prompts import load_prompts
 from .reward import CDRReward
+from .reward_functions import make_rewards
+from .summary import print_summary
 
 TrainerName = Literal["grpo", "rloo", "online_dpo", "online_preference"]
 _HOMES = {
@@ -31,18 +40,46 @@ _HOMES = {
 @dataclass
 class TrainArguments:
     """
-    Which trainer runs: one of TRL's, or `OnlinePreferenceTrainer`. Its config reads all other arguments, so that this
-    one is read first.
+    Which trainer runs, one of TRL's or `OnlinePreferenceTrainer`, and on which rewards. The trainer's config reads all
+    other arguments, so that this one is read first.
 
     Raises:
-        ConfigError: there is no such trainer.
+        ConfigError: there is no such trainer, or the objectives are no list of mappings.
     """
 
     trainer: TrainerName = field(
         default="grpo", metadata={"help": "The trainer. Its config's fields are arguments of this command."}
     )
 
+    cdr_objectives: list[dict[str, Any]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several rewards on the one pair: a list (or JSON) of mappings, each with a name and the options "
+            "below, without cdr_, in which it differs, such as criteria and domain."
+        },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions beside the pair: dotted paths, or names in trl.rewards such as "
+            "think_format_reward. reward_weights weighs the pair's (each objective's) first, then these."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if isinstance(self.reward_funcs, str):  # YAML has one word where the command line has a list
+            self.reward_funcs = [self.reward_funcs]
+        if isinstance(self.cdr_objectives, str):
+            try:
+                self.cdr_objectives = json.loads(self.cdr_objectives)
+            except json.JSONDecodeError as error:
+                raise ConfigError(
+                    f"cdr_objectives is {self.cdr_objectives!r}, which is no JSON ({error}). Write a list of objects."
+                ) from None
+        for name, kind, wanted in (("cdr_objectives", Mapping, "mappings"), ("reward_funcs", str, "names")):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, list) and all(isinstance(each, kind) for each in value)):
+                raise ConfigError(f"{name} is {value!r}. Give a list of {wanted}.")
         if self.trainer not in get_args(TrainerName):
             raise ConfigError(f"trainer is {self.trainer!r}. Use one of: {', '.join(get_args(TrainerName))}.")
 
@@ -72,20 +109,22 @@ def train(
     """
     Train a policy on the log-ratio of the pair; save it, and push it where `push_to_hub` asks for it.
 
-    With a [`CDRCallback`]: the reward's metrics are logged, and every checkpoint says what labelled.
+    With a [`CDRCallback`] for each objective: its metrics are logged, and every checkpoint says what labelled. What can
+    be wrong is looked at in the order of what it costs: arguments, the configs and tokenizers of pair and policy, the
+    data set, the pair's weights, the policy's.
 
     Args:
-        arguments (`TrainArguments`): The trainer.
+        arguments (`TrainArguments`): The trainer, and the rewards beside the pair's.
         script_args (`ScriptArguments`): The data set and its splits; the second is read when `eval_strategy` asks.
         training_args (`TrainingArguments`): An `arguments.config_class`. `resume_from_checkpoint` is a folder, or true
-            for the last one in `output_dir`. What `model_init_kwargs` says goes before `model_args`.
+            for the last one in `output_dir`, if there is one. What `model_init_kwargs` says goes before `model_args`.
         model_args (`ModelConfig`): The policy, its adapters and its quantisation.
         cdr_args (`CDRConfig`): The pair and its options.
 
     Raises:
         ConfigError: an argument is missing, or does not fit the trainer.
-        InputError: the data set can't be read, or has no prompts.
-        ModelError: the pair can't serve; raised before the first step.
+        InputError: the data set can't be read, or has no prompts, or not the column that the router reads.
+        ModelError: pair or policy can't serve; raised before the first step.
     """
     if not model_args.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: the policy to train. Pass a name on the Hub or a path.")
@@ -95,47 +134,52 @@ def train(
             f"eval_strategy is {str(training_args.eval_strategy.value)!r}, and TRL's OnlineDPOTrainer can't evaluate. "
             "Leave it out, or pass trainer=grpo, rloo or online_preference."
         )
-    checkpoint = _find_checkpoint(training_args)
-    reward = make_reward(arguments, training_args=training_args, cdr_args=cdr_args)
+    checkpoint = find_checkpoint(training_args)
+    rewards = rewards_for(arguments, training_args=training_args, cdr_args=cdr_args)
+    objectives = [reward for reward in rewards if isinstance(reward, CDRReward)]
+    policy = str(model_args.model_name_or_path)
+    _check_models(cdr_args, policy, model_args.model_revision, trust_remote_code(training_args, model_args))
     splits = [script_args.dataset_train_split, *([script_args.dataset_test_split] if is_evaluated else [])]
     with training_args.main_process_first(desc="load the prompts"):
-        train_dataset, *eval_dataset = load_prompts(script_args, splits=splits)
+        datasets = load_prompts(script_args, splits=splits, columns=_read_columns(objectives))
 
-    training_args.model_init_kwargs = _model_init_kwargs(arguments, training_args, model_args)
-    trainer = arguments.trainer_class(
-        model=model_args.model_name_or_path,
-        reward_funcs=reward,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset[0] if eval_dataset else None,
-        processing_class=_load_tokenizer(arguments, training_args, model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.add_callback(CDRCallback(reward, trainer))
+    _say(f"loading the pair: strong {_with_size(cdr_args.cdr_strong)}, weak {_with_size(cdr_args.cdr_weak)}")
+    objectives[0].scorer.load()
+    _say(f"loading the policy: {_with_size(policy)}")
+    trainer = _make_trainer(arguments, training_args, model_args, rewards, datasets)
+    for reward in objectives:
+        trainer.add_callback(CDRCallback(reward, trainer))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    trainer.accelerator.print(
-        f"{trainer.state.global_step} steps of {arguments.trainer}, saved to {trainer.args.output_dir}"
-    )
+    if trainer.accelerator.is_main_process:
+        print_summary(trainer, kind=arguments.trainer)
     if training_args.push_to_hub:
         is_local = Path(script_args.dataset_name).exists()
         trainer.push_to_hub(dataset_name=None if is_local else script_args.dataset_name)
     end_training(trainer)
 
 
-def make_reward(arguments: TrainArguments, *, training_args: Any, cdr_args: CDRConfig) -> CDRReward:
+def rewards_for(arguments: TrainArguments, *, training_args: Any, cdr_args: CDRConfig) -> list[Any]:
     """
-    Build the reward as the trainer wants it: beside what `CDRReward.from_config` takes from its arguments,
-    `cdr_add_special_tokens="auto"` is `"false"` for online DPO, which puts no BOS before string prompts.
+    Build the rewards as the trainer wants them; see `make_rewards`. `cdr_add_special_tokens="auto"` is `"false"` for
+    online DPO, which puts no BOS before string prompts.
     """
     if arguments.trainer == "online_dpo" and cdr_args.cdr_add_special_tokens == "auto":
         cdr_args = replace(cdr_args, cdr_add_special_tokens="false")
-    return CDRReward.from_config(cdr_args, training_args)
+    objectives: Any = arguments.cdr_objectives or ()
+    return make_rewards(cdr_args, training_args, objectives=objectives, names=arguments.reward_funcs or ())
 
 
-def _find_checkpoint(training_args: Any) -> str | None:
-    """The folder to resume from, or None; asked for and not there is an error before anything is loaded."""
+def find_checkpoint(training_args: Any) -> str | None:
+    """
+    The folder to resume from. `None` where nothing asks for one, and where the last one is asked for and there is none:
+    a job that is started again and again, until it gets through, has none at first. One that was not saved whole (its
+    `trainer_state.json` comes last) does not count.
+
+    Raises:
+        ConfigError: `resume_from_checkpoint` is a path where no folder is.
+    """
     wanted = training_args.resume_from_checkpoint
     spelled = str(wanted).lower()  # the command line has strings only
     if wanted is None or spelled == "false":
@@ -144,13 +188,69 @@ def _find_checkpoint(training_args: Any) -> str | None:
         if not Path(wanted).is_dir():
             raise ConfigError(f"resume_from_checkpoint is {wanted!r}, and no such folder exists. Pass a checkpoint-N.")
         return str(wanted)
-    output_dir = training_args.output_dir
-    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    folder = Path(training_args.output_dir)
+    names = [path.parent.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*/trainer_state.json")]
+    last = max((int(name) for name in names if name.isdigit()), default=None)
     if last is None:
-        raise ConfigError(
-            f"resume_from_checkpoint is true, and output_dir ({output_dir!r}) holds no checkpoint. Leave it out."
+        _say(f"no checkpoint in {folder}: starting anew")
+        return None
+    _say(f"resuming from {folder / f'checkpoint-{last}'}")
+    return str(folder / f"checkpoint-{last}")
+
+
+def _check_models(cdr_args: CDRConfig, policy: str, policy_revision: str, policy_brings_code: bool) -> None:
+    """Whether models and tokenizers can be found at all, before anything large is loaded."""
+    init_kwargs: Any = cdr_args.cdr_model_init_kwargs
+    for role, name, revision in (
+        ("strong", cdr_args.cdr_strong, cdr_args.cdr_strong_revision),
+        ("weak", cdr_args.cdr_weak, cdr_args.cdr_weak_revision),
+    ):
+        read_config(name, f"cdr_{role}", revision=revision, init_kwargs=init_kwargs)
+        load_tokenizer(cdr_args, name, f"the tokenizer of cdr_{role}", revision=revision)
+    read_config(
+        policy,
+        "model_name_or_path",
+        revision=policy_revision,
+        init_kwargs={"trust_remote_code": policy_brings_code},
+    )
+
+
+def _read_columns(objectives: Sequence[CDRReward]) -> list[str]:
+    """The columns of the data set that routers read."""
+    routers = [reward.config.cdr_router or "" for reward in objectives]
+    return [router.removeprefix(COLUMN).strip() for router in routers if router.startswith(COLUMN)]
+
+
+def _say(text: str) -> None:
+    """A line on the main process's stderr."""
+    if PartialState().is_main_process:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _with_size(name: str) -> str:
+    size = weights_mb(name)
+    return name if size is None else f"{name} ({size:,.1f} MB)"
+
+
+def _make_trainer(
+    arguments: TrainArguments, training_args: Any, model_args: ModelConfig, rewards: list[Any], datasets: list[Any]
+) -> Any:
+    """The trainer with its policy. `datasets`: to train on, and maybe to evaluate on."""
+    training_args.model_init_kwargs = _model_init_kwargs(arguments, training_args, model_args)
+    try:
+        return arguments.trainer_class(
+            model=model_args.model_name_or_path,
+            reward_funcs=rewards,
+            args=training_args,
+            train_dataset=datasets[0],
+            eval_dataset=datasets[1] if len(datasets) > 1 else None,
+            processing_class=_load_tokenizer(arguments, training_args, model_args),
+            peft_config=get_peft_config(model_args),
         )
-    return str(last)
+    except CDRError:
+        raise
+    except (ImportError, OSError, ValueError) as error:  # how TRL and transformers refuse arguments, and lack weights
+        raise ConfigError(f"trainer {arguments.trainer} can't be made: {' '.join(str(error).split())}") from error
 
 
 def _model_init_kwargs(arguments: TrainArguments, training_args: Any, model_args: ModelConfig) -> dict[str, Any]:

@@ -1,0 +1,207 @@
+"""What a folder of scores refuses: other weights or options, lines that are no scores, a second process."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import pytest
+from tiny import chat, llama
+
+from trl_cdr import CDRConfig, ConfigError
+from trl_cdr.annotation import score_folder
+from trl_cdr.annotation.score_file import ScoreArguments, score_file
+from trl_cdr.annotation.score_folder import WITHOUT_EFFECT, check_options, write_json
+from trl_cdr.scoring.scorer import DensityRatioScorer
+
+ROWS = [
+    {"prompt": chat(prompt), "completion": completion, "noise": float("nan")}  # a NaN is not equal to itself
+    for prompt in ("hello", "what is this", "the quick brown fox")
+    for completion in ("world", "that is a lazy dog", "and this")
+]
+
+
+@pytest.fixture
+def pair(tmp_path, checkpoints):
+    """Copies that a test may change."""
+    return {role: shutil.copytree(checkpoints[role], tmp_path / role) for role in ("strong", "weak")}
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def score(tmp_path, pair, out):
+    def score(rows=ROWS, *, batch_size=4, **options):
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        arguments = ScoreArguments(str(tmp_path / "rows.jsonl"), str(out), batch_size)
+        models = {f"cdr_{role}": str(folder) for role, folder in pair.items()}
+        score_file(arguments, CDRConfig(**models | options))
+        return (out / "scores.jsonl").read_bytes()
+
+    return score
+
+
+def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(score, out):
+    """Wherever the file was torn: at the end of a line, inside of one, inside of a batch."""
+    whole = score()
+    ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in (5, ends[0] + 7, ends[4], len(whole) - 1):
+        (out / "scores.jsonl").write_bytes(whole[:cut])
+        assert score() == whole, cut
+
+
+def test_what_is_done_is_not_scored_again(score, out, monkeypatch):
+    whole = score()
+    monkeypatch.setattr(DensityRatioScorer, "load", None)
+    monkeypatch.setattr(DensityRatioScorer, "describe", None)
+    assert score() == whole
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]"])
+def test_options_that_are_not_there(content, score, out):
+    score()
+    (out / "options.json").unlink()
+    if content is not None:
+        (out / "options.json").write_text(content)
+    with pytest.raises(ConfigError, match="options.json' says what .* can't be read: .* Pass another output_dir"):
+        score()
+
+
+def test_options_are_written_whole_or_not_at_all(score, out, monkeypatch):
+    def killed(source, target):
+        assert json.loads(source.read_text())["cdr_reduction"] == "sum"  # whole before it takes the name
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score_folder.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        score()
+    assert not (out / "options.json").exists()
+    assert not (out / "scores.jsonl").exists()
+    monkeypatch.undo()
+    score()
+
+
+@pytest.mark.parametrize("garbage", [b"\0\0\0\n", b"\xff\n", b"7\n", b"\n", b'{"prompt": "a"}\n', b'{"score": {}}\n'])
+def test_a_line_that_is_no_score_is_named(garbage, score, out):
+    lines = score().splitlines(keepends=True)
+    (out / "scores.jsonl").write_bytes(lines[0] + garbage + lines[1])
+    with pytest.raises(ConfigError, match="scores.jsonl:2 is no line that trl-cdr score wrote .* Cut the file off"):
+        score()
+    assert (out / "scores.jsonl").read_bytes() == lines[0] + garbage + lines[1]
+
+
+def test_an_output_dir_that_is_a_file(score, out):
+    out.write_text("")
+    with pytest.raises(ConfigError, match="output_dir is .*out', which can't be written or locked: .*File exists"):
+        score()
+
+
+@pytest.mark.parametrize(
+    ("role", "name"),
+    [("strong", "model.safetensors"), ("weak", "config.json"), ("weak", "tokenizer_config.json")],
+)
+def test_other_weights_under_the_same_path(role, name, score, pair, tokenizer, out):
+    """Trained on: the same architecture, sizes and headers."""
+    score(ROWS[:4])
+    before = (out / "scores.jsonl").read_bytes()
+    if name == "model.safetensors":
+        size = (pair[role] / name).stat().st_size
+        llama(len(tokenizer), seed=5).save_pretrained(pair[role])
+        assert (pair[role] / name).stat().st_size == size
+    else:
+        changed = json.loads((pair[role] / name).read_text()) | {"changed": 1}
+        (pair[role] / name).write_text(json.dumps(changed))
+    with pytest.raises(ConfigError, match=f"holds scores by other weights of {role}: .* was sha256 .* is sha256 "):
+        score()
+    assert (out / "scores.jsonl").read_bytes() == before
+
+
+def test_a_folder_that_was_moved_goes_on(score, pair, tmp_path):
+    whole = score(ROWS[:4])
+    moved = shutil.move(pair["strong"], tmp_path / "moved")
+    assert score(cdr_strong=str(moved)).startswith(whole)
+
+
+def test_the_remedy_of_a_branch_that_moved(out):
+    out.mkdir()
+    (out / "scores.jsonl").write_text("{}\n")
+    write_json(out / "options.json", {"cdr_strong": "a/b", "strong_weights": "commit 123"})
+    with pytest.raises(ConfigError, match="Pass cdr_strong_revision='123' to go on with those, or another output_dir"):
+        check_options(out, {"cdr_strong": "a/b", "strong_weights": "commit 456"})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"cdr_reduction": "mean"}, "cdr_reduction='sum', and now it is 'mean'"),
+        ({"cdr_dtype": "bfloat16"}, "strong_dtype='float32', and now it is 'bfloat16'"),
+        ({"cdr_max_length": 100}, "cdr_max_length=None, and now it is 100"),
+        ({"cdr_criteria": "safety"}, "criteria_sha256=None"),
+    ],
+)
+def test_an_option_that_changes_scores_is_refused(option, message, score):
+    score(ROWS[:4])
+    with pytest.raises(ConfigError, match=message):
+        score(**option)
+
+
+def test_a_template_that_changed_under_its_path(score, tmp_path, tokenizer):
+    path = tmp_path / "template.jinja"
+    path.write_text(tokenizer.chat_template)
+    score(ROWS[:4], cdr_chat_template=str(path))
+    path.write_text(tokenizer.chat_template + " ")
+    with pytest.raises(ConfigError, match="chat_template_sha256="):
+        score(cdr_chat_template=str(path))
+
+
+def test_an_option_that_changes_no_score_is_not(score, checkpoints):
+    score(ROWS[:4])
+    score(
+        cdr_token_budget=4096,
+        cdr_device="cpu",
+        cdr_dtype="float32",
+        cdr_name="pair",
+        cdr_prefix_cache_tokens=0,
+        cdr_on_unscorable="none",
+        cdr_policy_tokenizer=checkpoints["weak"],
+    )
+    assert {field.name for field in fields(CDRConfig)} >= WITHOUT_EFFECT
+
+
+def test_a_second_process_is_refused(score, out, monkeypatch):
+    real = DensityRatioScorer.score
+
+    def while_another_starts(self, *args, **kwargs):
+        monkeypatch.undo()
+        with pytest.raises(ConfigError, match="out' is in use by another process"):
+            score()
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(DensityRatioScorer, "score", while_another_starts)
+    score()
+    score()
+
+
+@pytest.mark.slow
+def test_kill_minus_nine(score, out, tmp_path, pair):
+    """A lock and a torn file that a killed process leaves behind stop nobody."""
+    rows = ROWS * 40
+    whole = score(rows)
+    (out / "scores.jsonl").unlink()
+    command = [sys.executable, "-m", "trl_cdr", "score", "--input", tmp_path / "rows.jsonl", "--output_dir", out]
+    command += ["--batch_size", "4", "--cdr_strong", pair["strong"], "--cdr_weak", pair["weak"]]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not ((out / "scores.jsonl").exists() and (out / "scores.jsonl").stat().st_size):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    left = (out / "scores.jsonl").read_bytes()
+    assert 0 < len(left) < len(whole)
+    assert score(rows) == whole
