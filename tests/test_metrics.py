@@ -49,3 +49,12 @@ def test_a_call_of_which_nothing_is_known_has_the_same_keys():
     assert list(empty) == list(full)
     assert empty["unscorable"] == 1
     assert all(isinstance(value, float) for value in (*empty.values(), *full.values()))
+
+
+def test_missing_rewards_do_not_tie():
+    call = Call(
+        ["a"] * 4, ["x"] * 4, [[1]] * 4, [Score(None, error="no")] * 2 + [score(1.0)] * 2, [None, None, 1, 1], 0.1
+    )
+    assert call_metrics(call)["ties"] == 1
+    call = Call(["a"] * 2, ["x"] * 2, [[1]] * 2, [Score(None, error="no")] * 2, [None] * 2, 0.1)
+    assert call_metrics(call)["ties"] == 0

@@ -83,10 +83,11 @@ def _mean(values: Sequence[Any]) -> float:
 
 
 def _tie_share(prompts: Sequence[Prompt], rewards: Sequence[float | None]) -> float:
-    """Of all pairs of completions to one prompt, the share whose rewards are equal."""
-    groups: dict[str, list[float | None]] = defaultdict(list)
+    """Of all pairs of completions to one prompt that have rewards, the share whose rewards are equal."""
+    groups: dict[str, list[float]] = defaultdict(list)
     for prompt, reward in zip(prompts, rewards, strict=True):
-        groups[repr(prompt)].append(reward)
+        if reward is not None:
+            groups[repr(prompt)].append(reward)
     pairs = ties = 0
     for values in groups.values():
         for index, value in enumerate(values):

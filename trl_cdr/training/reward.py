@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .. import _compat
 from ..conditioning.criteria import Criteria
 from ..config import CDRConfig
 from ..errors import ConfigError, UnscorableError
@@ -136,23 +137,25 @@ class CDRReward:
             **columns: What else the trainer hands over. `router="column:NAME"` reads the domains from here.
 
         Returns:
-            `list[float | None]`: one finite reward for each completion, in nats; `None` only where
-            `cdr_on_unscorable="none"` asks for it.
+            `list[float | None]`: one finite reward for each completion, in nats; `None` for one that can't be scored,
+            where `cdr_on_unscorable="none"` asks for it, or `"auto"` knows from `log_metric` that the trainer leaves
+            such a completion out: `OnlinePreferenceTrainer`, and GRPO and RLOO from TRL 1.6 without a second reward
+            function. Every other caller gets the floor: a trainer that is not known can't be told from you.
 
         Raises:
             UnscorableError: a row can't be scored and `cdr_on_unscorable="raise"`.
             InputError: the router's column is missing, and see `DensityRatioScorer.score`.
             ConfigError, ModelError: see `DensityRatioScorer.score`.
         """
-        # GRPO and RLOO hand over a bound method of the trainer, the one way to its tokenizer that a callable has.
-        policy_tokenizer = getattr(getattr(log_metric, "__self__", None), "processing_class", None)
+        trainer = _compat.trainer_behind(log_metric)
+        policy_tokenizer = getattr(trainer, "processing_class", None)
         if policy_tokenizer is not None:
             self.scorer.use_policy_tokenizer(policy_tokenizer)
         started = time.perf_counter()
         domains = None if self.scorer.router is None else self.scorer.router.read_column(columns)
         scores = self.scorer.score(prompts, completions, completion_ids=completion_ids, domains=domains)
         self._warn(scores)
-        rewards = rewards_from_scores(scores, on_unscorable=self.config.cdr_on_unscorable)
+        rewards = rewards_from_scores(scores, on_unscorable=self._on_unscorable(trainer))
         if scores and (log_metric is not None or log_extra is not None or self._observers):
             tokens = completion_ids if completion_ids is not None else [str(said).split() for said in completions]
             call = Call(prompts, completions, list(tokens), scores, rewards, time.perf_counter() - started)
@@ -163,6 +166,14 @@ class CDRReward:
         """Have every later call handed to `observer`. Observers are not pickled."""
         if observer not in self._observers:
             self._observers.append(observer)
+
+    def _on_unscorable(self, trainer: Any) -> str:
+        """`cdr_on_unscorable`, decided for this trainer (None where it is not known)."""
+        if self.config.cdr_on_unscorable != "auto":
+            return self.config.cdr_on_unscorable
+        # A function that calls this one may not expect None.
+        is_asked = any(getattr(function, "reward", function) is self for function in _compat.reward_functions(trainer))
+        return "none" if is_asked and _compat.skips_missing_rewards(trainer) else "floor"
 
     def _report(self, call: Call, log_metric: Any, log_extra: Any) -> None:
         name = self.config.cdr_name
@@ -200,8 +211,8 @@ def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str) -> list[
     Args:
         scores (`Sequence[Score]`): One call's.
         on_unscorable (`str`): For a row without a value. `"floor"`: the worst finite reward of the call minus 1 nat, or
-            -1 where there is none. Online DPO reads a missing reward as 0, which would win against honest negative
-            log-ratios. `"none"`: `None`. `"raise"`: stop.
+            -1 where there is none, for trainers that read a missing reward as 0, which would win against honest
+            negative log-ratios. The row is then the one to be rejected. `"none"`: `None`. `"raise"`: stop.
 
     Raises:
         UnscorableError: a row has no value and `on_unscorable="raise"`.
