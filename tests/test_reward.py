@@ -13,12 +13,12 @@ from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from trl_cdr import (
     CDRReward,
+    ConfigError,
     InputError,
     OnlinePreferenceConfig,
     OnlinePreferenceTrainer,
     Score,
     UnscorableError,
-    _compat,
 )
 from trl_cdr.training.reward import rewards_from_scores
 
@@ -271,28 +271,40 @@ def test_beside_a_second_reward_that_is_normalised_by_itself_none_is_its_groups_
             assert len(set(advantages)) == 1
 
 
-def test_who_else_calls_gets_the_floor(reward):
+@pytest.mark.compat
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is:FutureWarning")
+def test_who_else_calls_gets_the_floor(reward, tmp_path, tokenizer):
     """A plain call, a trainer that nobody knows, and a function of the user's between the trainer and the reward."""
 
-    class GRPOTrainer(trl.GRPOTrainer):
-        reward_funcs, callback_handler, processing_class = [zero], None, None
+    class Unknown(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            return super()._generate_and_score_completions(inputs)
 
-        def __init__(self):
-            """Not TRL's."""
+    def call(kind, function):
+        trainer = kind(
+            model=llama(len(tokenizer), seed=2),
+            reward_funcs=function,
+            args=GRPOConfig(str(tmp_path), beta=0.0, num_generations=2, per_device_train_batch_size=2, **TRAINING),
+            train_dataset=Dataset.from_dict({"prompt": ["hello"] * 2}),
+            processing_class=tokenizer,
+        )
+        return reward(**rows, log_metric=trainer._log_metric)
 
-        def log(self, name, value): ...
-
-        def _generate_and_score_completions(self, inputs): ...
+    def halved(prompts, completions, **kwargs):
+        return [value / 2 for value in reward(prompts, completions, **kwargs)]
 
     rows = {"prompts": ["hello"] * 2, "completions": ["a", None]}
-    unknown = GRPOTrainer()
-    unknown.reward_funcs = [reward]
-    assert not _compat.skips_missing_rewards(unknown)
     [value, floor] = reward(**rows)
     assert floor == value - 1
-    assert reward(**rows, log_metric=unknown.log) == [value, floor]
-    del GRPOTrainer._generate_and_score_completions
-    assert _compat.skips_missing_rewards(unknown) == SKIPS
-    assert reward(**rows, log_metric=unknown.log) == [value, None if SKIPS else floor]
-    unknown.reward_funcs = [zero]
-    assert reward(**rows, log_metric=unknown.log) == [value, floor]
+    assert call(Unknown, reward) == [value, floor]
+    assert call(GRPOTrainer, halved) == [value, floor]
+    assert call(GRPOTrainer, reward) == [value, None if SKIPS else floor]
+
+
+@pytest.mark.compat
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is:FutureWarning")
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_two_rewards_of_one_name_are_refused_without_a_callback(name, tmp_path, checkpoints):
+    first, second = (CDRReward(checkpoints["strong"], checkpoints["weak"]) for _ in range(2))
+    with pytest.raises(ConfigError, match="2 of the trainer's rewards are called cdr_reward: their metrics would mix"):
+        train(name, tmp_path, first, second)

@@ -1,29 +1,27 @@
 """CDRCallback: what a trainer does not do for a reward function. Touches no model's numbers; `metrics` counts.
 
 The reward's metrics in online DPO, whose trainer hands over no `log_metric`; means by domain, which GRPO and RLOO could
-not gather by key; the time that labelling takes; a record of what labelled beside every checkpoint; the pair loaded
-before the first step.
+not gather by key; the time that labelling takes; the data set checked and the pair loaded before the first step. The
+record of what labelled is `provenance`'s.
 """
 
-import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import _compat
 from ..errors import ConfigError
+from .checks import check_domains, check_name
 from .completions_table import table_rows, write_table
 from .metrics import Call, Sums, add_sums, call_sums, domain_sums, means
+from .provenance import ProvenanceCallback
 from .reward import CDRReward
 
-PROVENANCE = "cdr_labeling.json"
 
-
-class CDRCallback(TrainerCallback):  # type: ignore[misc]
+class CDRCallback(ProvenanceCallback):
     """
     Metrics, provenance and an early start for a [`CDRReward`].
 
@@ -32,7 +30,8 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
     - In online DPO logs the reward's metrics (`<name>/...`, see `call_metrics`), which GRPO and RLOO log by themselves.
     - With `trainer`, in every trainer, logs the mean reward of each domain (`<name>/rewards/<domain>`) and
       `<name>/step_share`, the share of the time since the last log that went into labelling.
-    - Writes `cdr_labeling.json` into every checkpoint: options, revisions, a hash of the criteria, versions.
+    - Writes `cdr_labeling.json` into the output folder and every checkpoint: options, revisions, a hash of the
+      criteria, versions. With `trainer`, model cards say it too.
 
     What is logged reaches `state.log_history` and every reporting integration: means over what was counted since the
     last log, over all processes. It is in the logs of training steps alone.
@@ -47,6 +46,7 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
     Raises:
         ConfigError: `reward` is no `CDRReward`. When training begins: the trainer does not use this reward, or uses two
             of one name; online DPO without `trainer`; the policy is the very module that scores.
+        InputError: When training begins: a data set lacks the router's column, or names an unknown domain in it.
 
     Example:
 
@@ -59,7 +59,7 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, reward: CDRReward, trainer: Any = None, *, log_completions: bool = False) -> None:
         if not isinstance(reward, CDRReward):
             raise ConfigError(f"reward is a {type(reward).__name__}. Pass the CDRReward that the trainer uses.")
-        self.reward = reward
+        super().__init__(reward)
         self._trainer = trainer
         self._log_completions = log_completions
         self._is_online_dpo = False
@@ -76,7 +76,10 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
         if kwargs.get("processing_class") is not None:
             self.reward.scorer.use_policy_tokenizer(kwargs["processing_class"])
         self.reward.scorer.load()
-        if self._trainer is not None:
+        if self._trainer is None:
+            super().on_train_begin(args, state)
+        else:
+            self.join(self._trainer)
             self._take_place()
             self.reward.observe(self._observe)
         self._since, self._gathered_at = time.perf_counter(), state.global_step
@@ -102,13 +105,6 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
         self._gather(args, state)  # the last steps' completions; no log of theirs follows
         self._ready = {}
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(provenance(self.reward), indent=2)
-            (folder / PROVENANCE).write_text(text + "\n", encoding="utf-8")
-
     def _check(self, policy: Any) -> None:
         name = self.reward.__name__
         if self._trainer is None and self._is_online_dpo:
@@ -120,11 +116,8 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
             raise ConfigError(
                 f"the trainer does not use {name}. Pass the same object as reward_funcs= and to CDRCallback."
             )
-        names = [f.__name__ for f in _compat.reward_functions(self._trainer) if isinstance(f, CDRReward)]
-        if names.count(name) > 1:
-            raise ConfigError(
-                f"{len(names)} of the trainer's rewards are called {name}: their metrics would mix. Pass another name=."
-            )
+        check_name(name, self._trainer)
+        check_domains(self.reward.scorer.router, self._trainer)
         inner = getattr(policy, "module", policy)
         if any(inner is model for model in self.reward.scorer.modules()):
             raise ConfigError(
@@ -167,19 +160,3 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
             everyones = gather_object(rows)
             if state.is_world_process_zero:
                 write_table(everyones, Path(args.output_dir) / "completions", step=state.global_step)
-
-
-def provenance(reward: CDRReward) -> dict[str, Any]:
-    """What labelled: the reward's options, the revisions that its models were loaded at, its criteria, the versions."""
-    criteria = reward.scorer.criteria
-    described = reward.scorer.describe()
-    return {
-        "name": reward.__name__,
-        "config": asdict(reward.config),
-        "models": {
-            role: {key: described[role][key] for key in ("name", "revision", "dtype", "way")}
-            for role in ("strong", "weak")
-        },
-        "criteria_sha256": None if criteria is None else criteria.digest,
-        "versions": _compat.versions(),
-    }

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from ..scoring.encoding import Message, Prompt
 from ..scoring.ratio import gate
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
+from .checks import check_domains, check_name
 from .metrics import Call, call_metrics
+from .provenance import ProvenanceCallback
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +97,7 @@ class CDRReward:
                 f"criteria has several domains ({domains}), and nothing selects one. Pass router or domain."
             )
         self._observers: list[Callable[[Call], None]] = []
+        self._met: weakref.ref[Any] | None = None
         # TRL < 1.9 reads __name__ unguarded, and every version shows it in its logs (trl#6313).
         self.__name__ = f"{self.config.cdr_name}_reward"
 
@@ -144,13 +148,14 @@ class CDRReward:
 
         Raises:
             UnscorableError: a row can't be scored and `cdr_on_unscorable="raise"`.
-            InputError: the router's column is missing, and see `DensityRatioScorer.score`.
-            ConfigError, ModelError: see `DensityRatioScorer.score`.
+            InputError: the router's column is missing, or the data set of GRPO or RLOO names an unknown domain in it;
+                see also `DensityRatioScorer.score`.
+            ConfigError: another reward of GRPO or RLOO has this name; see also `DensityRatioScorer.score`.
+            ModelError: see `DensityRatioScorer.score`.
         """
         trainer = _compat.trainer_behind(log_metric)
-        policy_tokenizer = getattr(trainer, "processing_class", None)
-        if policy_tokenizer is not None:
-            self.scorer.use_policy_tokenizer(policy_tokenizer)
+        if trainer is not None:
+            self._meet(trainer)
         started = time.perf_counter()
         domains = None if self.scorer.router is None else self.scorer.router.read_column(columns)
         scores = self.scorer.score(prompts, completions, completion_ids=completion_ids, domains=domains)
@@ -166,6 +171,20 @@ class CDRReward:
         """Have every later call handed to `observer`. Observers are not pickled."""
         if observer not in self._observers:
             self._observers.append(observer)
+
+    def _meet(self, trainer: Any) -> None:
+        """Once for each trainer, on every process: check what it brings, learn its tokenizer, leave the record."""
+        if self._met is not None and self._met() is trainer:
+            return
+        check_name(self.__name__, trainer)
+        check_domains(self.scorer.router, trainer)
+        self.scorer.use_policy_tokenizer(trainer.processing_class)
+        keepers = [one for one in trainer.callback_handler.callbacks if isinstance(one, ProvenanceCallback)]
+        if not keepers:
+            keepers.append(ProvenanceCallback(self))
+            trainer.add_callback(keepers[0])
+        keepers[0].join(trainer)
+        self._met = weakref.ref(trainer)
 
     def _on_unscorable(self, trainer: Any) -> str:
         """`cdr_on_unscorable`, decided for this trainer (None where it is not known)."""
@@ -201,7 +220,7 @@ class CDRReward:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_observers": []}
+        return {**self.__dict__, "_observers": [], "_met": None}
 
 
 def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str) -> list[float | None]:
