@@ -21,8 +21,12 @@ ROUTER = Router(CRITERIA, router="column:kind")
 
 
 class Holder:
-    def __init__(self, train=None, evaluation=None, rewards=()):
-        self.train_dataset, self.eval_dataset, self.reward_funcs = train, evaluation, list(rewards)
+    def __init__(self, *rewards):
+        self.reward_funcs = list(rewards)
+
+
+def check(router, train, evaluation=None):
+    check_domains(router, {"train_dataset": train, "eval_dataset": evaluation})
 
 
 def column(values, name="kind"):
@@ -45,15 +49,15 @@ class Streamed(TorchDataset):
     ],
 )
 def test_what_can_be_trained_on(dataset):
-    check_domains(ROUTER, Holder(dataset, dataset))
-    check_domains(ROUTER, Holder(column(["quick"]), {"a": dataset or column(["plain"])}))
+    check(ROUTER, dataset, dataset)
+    check(ROUTER, column(["quick"]), {"a": dataset or column(["plain"])})
 
 
 def test_criteria_with_a_default_serve_every_name():
     with_default = Criteria({"quick": DomainCriteria(), "default": DomainCriteria()})
-    check_domains(Router(with_default, router="column:kind"), Holder(column(["law"])))
+    check(Router(with_default, router="column:kind"), column(["law"]))
     for router in (None, Router(CRITERIA, domain="quick")):
-        check_domains(router, Holder(column(["law"])))
+        check(router, column(["law"]))
 
 
 @pytest.mark.parametrize(
@@ -66,26 +70,26 @@ def test_criteria_with_a_default_serve_every_name():
 )
 def test_a_column_of_something_else(values, message):
     with pytest.raises(InputError, match="router is 'column:kind', and " + message):
-        check_domains(ROUTER, Holder(column(values)))
+        check(ROUTER, column(values))
     with pytest.raises(InputError, match=message.replace("train_dataset", r"eval_dataset\['a'\]")):
-        check_domains(ROUTER, Holder(column(["quick"]), {"a": column(values)}))
+        check(ROUTER, column(["quick"]), {"a": column(values)})
 
 
 def test_no_column():
     with pytest.raises(InputError, match="router is 'column:kind', and train_dataset has only: prompt, type. Add the"):
-        check_domains(ROUTER, Holder(column(["quick"], name="type")))
+        check(ROUTER, column(["quick"], name="type"))
     with pytest.raises(InputError, match="and eval_dataset has only: prompt. Add the column"):
-        check_domains(ROUTER, Holder(column(["quick"]), column(["quick"]).to_iterable_dataset().remove_columns("kind")))
+        check(ROUTER, column(["quick"]), column(["quick"]).to_iterable_dataset().remove_columns("kind"))
 
 
 def test_names():
     def other(**kwargs): ...
 
     rewards = [CDRReward("a", "b"), CDRReward("a", "b"), other]
-    check_name("cdr_reward", Holder(rewards=rewards[1:]))
+    check_name("cdr_reward", Holder(*rewards[1:]))
     check_name("cdr_reward", None)
     with pytest.raises(ConfigError, match="2 of the trainer's rewards are called cdr_reward: their metrics would mix"):
-        check_name("cdr_reward", Holder(rewards=rewards))
+        check_name("cdr_reward", Holder(*rewards))
 
 
 @pytest.mark.parametrize(("name", "has_callback"), [("online_dpo", True), ("grpo", True), ("grpo", False)])

@@ -77,6 +77,9 @@ def test_the_final_models_folder_and_card(name, has_callback, tmp_path, reward, 
     trainer.save_model()
     found = read(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
+    trainer.save_model(output_dir=str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+    assert read(tmp_path / "elsewhere") == found
     assert found["config"]["cdr_strong"] == checkpoints["strong"]
     assert found["models"]["weak"]["way"] == "packed"
     assert found["criteria_sha256"] == CRITERIA.digest

@@ -14,7 +14,7 @@ from transformers import DefaultFlowCallback, TrainerControl, TrainerState, Trai
 
 from .. import _compat
 from ..errors import ConfigError
-from .checks import check_domains, check_name
+from .checks import check_domains, check_name, trainer_datasets
 from .completions_table import table_rows, write_table
 from .metrics import Call, Sums, add_sums, call_sums, domain_sums, means
 from .provenance import ProvenanceCallback
@@ -117,7 +117,7 @@ class CDRCallback(ProvenanceCallback):
                 f"the trainer does not use {name}. Pass the same object as reward_funcs= and to CDRCallback."
             )
         check_name(name, self._trainer)
-        check_domains(self.reward.scorer.router, self._trainer)
+        check_domains(self.reward.scorer.router, trainer_datasets(self._trainer))
         inner = getattr(policy, "module", policy)
         if any(inner is model for model in self.reward.scorer.modules()):
             raise ConfigError(

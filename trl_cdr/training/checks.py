@@ -1,6 +1,6 @@
 """What is checked when a reward and its trainer meet, before anything is scored: names, and the data set's domains."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from .. import _compat
@@ -23,29 +23,32 @@ def check_name(name: str, trainer: Any) -> None:
         )
 
 
-def check_domains(router: Router | None, trainer: Any) -> None:
+def check_domains(router: Router | None, datasets: Mapping[str, Any]) -> None:
     """
-    Whether the trainer's data sets have the column that the router reads, and name domains in it. Rows without a domain
-    are left to the row, and so is all that is not known before it is read (streams, data sets of another kind).
+    Whether data sets have the column that the router reads, and name domains in it. Rows without a domain are left to
+    the row, and so is all that is not known before it is read (streams, data sets of another kind).
+
+    Args:
+        router (`Router`, *optional*): The scorer's.
+        datasets (`Mapping[str, Any]`): By what an error calls them; each a data set, several by name, or None.
 
     Raises:
         InputError: the column is not there, or names a domain that the criteria do not know.
     """
     if router is None or router.column is None:
         return
-    for where, dataset in _datasets(trainer):
+    for where, dataset in datasets.items():
+        if isinstance(dataset, Mapping):
+            check_domains(router, {f"{where}[{key!r}]": part for key, part in dataset.items()})
+            continue
         columns = getattr(dataset, "column_names", None)
         if isinstance(columns, list):
             router.check_column(columns, _values(dataset, router.column), where=where)
 
 
-def _datasets(trainer: Any) -> Iterator[tuple[str, Any]]:
-    for name in ("train_dataset", "eval_dataset"):
-        dataset = getattr(trainer, name, None)
-        if isinstance(dataset, Mapping):
-            yield from ((f"{name}[{key!r}]", part) for key, part in dataset.items())
-        elif dataset is not None:
-            yield name, dataset
+def trainer_datasets(trainer: Any) -> dict[str, Any]:
+    """A trainer's data sets, by name; none without a trainer."""
+    return {name: getattr(trainer, name, None) for name in ("train_dataset", "eval_dataset")}
 
 
 def _values(dataset: Any, column: str) -> list[Any]:

@@ -23,7 +23,8 @@ PROVENANCE = "cdr_labeling.json"
 class ProvenanceCallback(TrainerCallback):  # type: ignore[misc]
     """
     Writes `cdr_labeling.json` into the output folder when training begins, so that the final model has it, saved or
-    pushed, and into every checkpoint; once it has joined a trainer, also a section into the model cards.
+    pushed, and into every checkpoint; once it has joined a trainer, also into other folders that the model is saved to,
+    and a section into the model cards.
 
     Args:
         reward (`CDRReward`): What labels; of a trainer that it has joined, all such rewards are recorded.
@@ -34,22 +35,29 @@ class ProvenanceCallback(TrainerCallback):  # type: ignore[misc]
         self._joined: Any = None
 
     def join(self, trainer: Any) -> None:
-        """Record all rewards of a trainer from now on, and say so in the model cards that it writes."""
+        """Record all rewards of a trainer from now on, wherever it saves the model and in its model cards."""
         if self._joined is trainer:
             return
         self._joined = trainer
+        home = Path(trainer.args.output_dir)
         if trainer.is_world_process_zero():
-            self._write(Path(trainer.args.output_dir))
-        write = trainer.create_model_card
+            self._write(home)
+        # No event comes between a save, or a card, and its upload, and none tells of a model saved elsewhere.
+        save, write = trainer.save_model, trainer.create_model_card
 
-        # No event comes between a card and its upload.
+        @functools.wraps(save)
+        def save_model(output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+            if trainer.args.should_save:
+                self._write(home if output_dir is None else Path(output_dir))
+            save(output_dir, *args, **kwargs)
+
         @functools.wraps(write)
         def create_model_card(*args: Any, **kwargs: Any) -> None:
             write(*args, **kwargs)
             if trainer.is_world_process_zero():
-                self._describe(Path(trainer.args.output_dir) / "README.md")
+                self._describe(home / "README.md")
 
-        trainer.create_model_card = create_model_card
+        trainer.save_model, trainer.create_model_card = save_model, create_model_card
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if state.is_world_process_zero:

@@ -19,7 +19,7 @@ from ..scoring.encoding import Message, Prompt
 from ..scoring.ratio import gate
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
-from .checks import check_domains, check_name
+from .checks import check_domains, check_name, trainer_datasets
 from .metrics import Call, call_metrics
 from .provenance import ProvenanceCallback
 
@@ -177,7 +177,7 @@ class CDRReward:
         if self._met is not None and self._met() is trainer:
             return
         check_name(self.__name__, trainer)
-        check_domains(self.scorer.router, trainer)
+        check_domains(self.scorer.router, trainer_datasets(trainer))
         self.scorer.use_policy_tokenizer(trainer.processing_class)
         keepers = [one for one in trainer.callback_handler.callbacks if isinstance(one, ProvenanceCallback)]
         if not keepers:
