@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from datasets import Dataset
 from tiny import TRAINING, byte_tokenizer, chat
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
@@ -47,9 +47,13 @@ class MainProcessLogs(TrainerCallback):
             trainer.log({"mine": 1.0})
 
 
+# transformers 4.56 beside torch 2.13 can't place a model on a CPU by device_map in a process group; drop with the floor
+pair = [AutoModelForCausalLM.from_pretrained(folder) for folder in (strong, weak)]
+pair_tokenizer = AutoTokenizer.from_pretrained(strong)
 reward = CDRReward(
-    strong,
-    weak,
+    *pair,
+    strong_tokenizer=pair_tokenizer,
+    weak_tokenizer=pair_tokenizer,
     criteria=Criteria({"quick": DomainCriteria("be quick"), "plain": DomainCriteria()}),
     router="column:kind",
     typicality=float("inf"),
