@@ -1,11 +1,17 @@
 """The callback in TRL's trainers: what it logs, writes and refuses."""
 
 import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset
-from tiny import TRAINING, chat, llama
+from tiny import TRAINING, byte_tokenizer, chat, llama
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
@@ -99,6 +105,109 @@ def test_a_log_is_the_mean_of_its_calls(tmp_path, reward, tokenizer):
     assert first["cdr/rewards/quick"] == pytest.approx(sum(quick) / len(quick))
 
 
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_only_the_trainers_own_logs_hold_them(strategy, tmp_path, reward, tokenizer):
+    """Other callbacks log what they like, when they like; the values wait for the log of the steps that they are of."""
+
+    class Logs(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            trainer.log({"mine": 1.0})
+
+    trainer, _ = make("online_dpo", tmp_path, reward, tokenizer, logging_strategy=strategy, eval_strategy="no")
+    trainer.add_callback(CDRCallback(reward, trainer))
+    trainer.add_callback(Logs())
+    calls = []
+    reward.observe(calls.append)
+    trainer.train()
+    last = loss_logs(trainer.state.log_history)[-1]
+    steps = 2 if strategy == "steps" else 4
+    scores = [score for call in calls[-steps:] for score in call.scores]
+    assert last["cdr/strong_logps"] == pytest.approx(sum(score.strong_logps for score in scores) / len(scores))
+    others = [entry for entry in trainer.state.log_history if "loss" not in entry]
+    assert len(others) == 4 + 1  # the last is train_runtime's
+    assert not any(key.startswith("cdr/") for entry in others for key in entry)
+
+
+@pytest.mark.parametrize("prefix", ["train_x", "eval_x"])
+@pytest.mark.parametrize("name", ["online_dpo", "grpo"])
+def test_no_name_loses_metrics(name, prefix, tmp_path, checkpoints, tokenizer):
+    """Names that look like the prefixes of evaluation and of the run's end."""
+    reward = CDRReward(checkpoints["strong"], checkpoints["weak"], criteria=CRITERIA, router="column:kind", name=prefix)
+    trainer, integration = make(name, tmp_path, reward, tokenizer, save_strategy="no")
+    trainer.add_callback(CDRCallback(reward, trainer))
+    trainer.train()
+    expected = {f"{prefix}/{key}" for key in METRICS | {"step_share", "rewards/quick", "rewards/plain"}}
+    assert len(loss_logs(integration.logs)) == 2
+    assert all(expected <= set(entry) for entry in loss_logs(integration.logs))
+
+
+def two_ranks(tmp_path, *arguments):
+    """What each process found; a run that hangs fails."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(Path(__file__).parent / "two_ranks_callback.py")
+    run = subprocess.Popen(
+        [sys.executable, *command, script, *arguments, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        _, errors = run.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        run.terminate()  # it ends its workers
+        _, errors = run.communicate()
+    assert run.returncode == 0, errors[-4000:]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert [rank["processes"] for rank in ranks] == [2, 2]
+    return ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["online_dpo", "grpo"])
+def test_two_processes_log_what_both_counted(name, tmp_path, checkpoints):
+    """And do not wait for one another where one of them logs alone."""
+    policy_tokenizer = byte_tokenizer(280)
+    llama(len(policy_tokenizer), seed=2).save_pretrained(tmp_path / "policy")
+    pair = [checkpoints["strong"], checkpoints["weak"]]
+    ranks = two_ranks(tmp_path, name, *pair, str(tmp_path / "policy"))
+    logs = loss_logs(ranks[0]["logs"])
+    assert len(logs) == 2
+    assert sum("mine" in entry for entry in ranks[0]["logs"]) == 5
+    for number, entry in enumerate(logs):
+        calls = [rank["calls"][2 * number : 2 * number + 2] for rank in ranks]
+        rows = [row for rank in calls for _, scores, rewards in rank for row in zip(scores, rewards, strict=True)]
+        scored = [score for score, _ in rows if score.value is not None]
+        assert 0 < len(scored) < len(rows)
+        quick = [reward for score, reward in rows if score.domain == "quick"]
+        assert entry["cdr/rewards/quick"] == pytest.approx(statistics.fmean(quick))
+        assert entry["cdr/step_share"] == pytest.approx((2 * 0.25 + 2 * 0.5) / (1 + 4))
+        if name == "online_dpo":
+            means = [statistics.fmean(score.strong_logps for score in scored)]
+            assert entry["cdr/strong_logps"] == pytest.approx(means[0])
+            assert entry["cdr/unscorable"] == pytest.approx(1 - len(scored) / len(rows))
+            assert entry["cdr/seconds"] == pytest.approx((0.25 + 0.5) / 2)
+    sizes = {
+        tuple(sum(score.value is not None for score in scores) for _, scores, _ in rank["calls"]) for rank in ranks
+    }
+    assert len(sizes) == 2  # the processes counted unlike
+    ended = set()
+    for rank in ranks:
+        for tokens, scores, _ in rank["calls"]:
+            for row, score in zip(tokens, scores, strict=True):
+                ended.add(score.finished)
+                assert score.finished == (policy_tokenizer.eos_token_id in row)
+    assert ended == {True, False}
+    assert [rank["kept"] for rank in ranks] == [0, 0]
+    if name == "online_dpo":
+        files = sorted((tmp_path / "completions").iterdir())
+        assert [path.name for path in files] == [f"completions_0000{step}.parquet" for step in (2, 4, 5)]
+        written = [row["log_ratio"] for path in files for row in pq.read_table(path).to_pylist()]
+        assert sorted(map(str, written)) == sorted(
+            str(score.value) for rank in ranks for _, scores, _ in rank["calls"] for score in scores
+        )
+
+
 def test_tensorboard_sees_them(tmp_path, reward, tokenizer):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -124,15 +233,16 @@ def test_checkpoints_say_what_labelled(tmp_path, reward, tokenizer, checkpoints)
 
 
 def test_the_completions_of_online_dpo(tmp_path, reward, tokenizer, capsys):
-    trainer, _ = make("online_dpo", tmp_path, reward, tokenizer)
+    trainer, _ = make("online_dpo", tmp_path, reward, tokenizer, max_steps=5)
     trainer.add_callback(CDRCallback(reward, trainer, log_completions=True))
     trainer.train()
     files = sorted((tmp_path / "completions").iterdir())
-    assert [path.name for path in files] == ["completions_00002.parquet", "completions_00004.parquet"]
+    names = [f"completions_0000{step}.parquet" for step in (2, 4, 5)]  # the last steps' too, that no log follows
+    assert [path.name for path in files] == names
     rows = pq.read_table(files[0]).to_pylist()
     assert len(rows) == 2 * 8
     assert {"prompt", "completion", "reward", "log_ratio", "typicality", "domain"} <= set(rows[0])
-    assert "Step 4" in capsys.readouterr().out
+    assert "Step 5" in capsys.readouterr().out
 
 
 def test_the_pair_is_there_before_the_first_step(tmp_path, reward, tokenizer):

@@ -179,8 +179,13 @@ def test_the_reward_reads_the_column(checkpoints):
     assert values == [score.value for score in scores]
     with pytest.raises(InputError, match="the call has only: other. Add the column to the data set"):
         reward(**rows, other=[1, 2])
-    with pytest.raises(InputError, match="the domain 'law' is not among"):
-        reward(**rows, kind=["lazy", "law"])
+    for bad in ("law", ["lazy"], 3, None):
+        known, unknown = reward.scorer.score(rows["prompts"], ["world"] * 2, domains=["lazy", bad])
+        assert known.value == scores[0].value
+        assert "domain" in unknown.error
+        assert unknown.domain is None
+        assert reward(**rows, kind=["lazy", bad]) == [values[0], values[0] - 1]
+    assert reward.scorer.route(rows["prompts"], ["law", "lazy"]) == [None, "lazy"]
 
 
 def test_wrong_options_are_found_before_anything_is_loaded():

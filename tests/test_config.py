@@ -27,7 +27,7 @@ NAMES = {
     "cdr_max_length": None,
     "cdr_token_budget": 8192,
     "cdr_typicality": 1.5,
-    "cdr_on_unscorable": "floor",
+    "cdr_on_unscorable": "auto",
     "cdr_name": "cdr",
     "cdr_prefix_cache_tokens": 8192,
     "cdr_criteria": None,
@@ -71,7 +71,7 @@ def test_the_public_names_and_defaults():
         ("cdr_chat_template", "no/such/file.jinja", "no such file exists"),
         ("cdr_chat_template_kwargs", {"tokenize": True}, "cdr_chat_template_kwargs has 'tokenize'"),
         ("cdr_name", "my reward", "cdr_name is 'my reward'"),
-        ("cdr_on_unscorable", "zero", "Use one of: floor, none, raise"),
+        ("cdr_on_unscorable", "zero", "Use one of: auto, floor, none, raise"),
         ("cdr_add_special_tokens", "yes", "Use one of: auto, true, false"),
     ],
 )

@@ -212,6 +212,21 @@ def test_exemplars_from_a_preference_data_set():
     assert drawn != Criteria.from_dataset(many, domain_column="kind", seed=4)
 
 
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"domain_column": "kind"}, "the data set has no column 'kind', only: prompt, chosen, rejected. Add it"),
+        ({"kind": ["math"]}, {"domain_column": "kind"}, "row 0 has kind=.'math'. .list., and a domain is a name"),
+        ({"kind": None}, {"domain_column": "kind"}, "row 0 has kind=None"),
+        ({"chosen": ...}, {}, "the data set has no column 'chosen', only: prompt, rejected"),
+    ],
+)
+def test_a_data_set_that_can_not_serve_is_said_so(change, options, message):
+    row = {"prompt": "q", "chosen": "good", "rejected": "bad"} | change
+    with pytest.raises(InputError, match=message):
+        Criteria.from_dataset([{key: value for key, value in row.items() if value is not ...}], **options)
+
+
 def test_a_seed_draws_alike_in_every_process():
     code = (
         "from trl_cdr import Criteria\n"

@@ -3,7 +3,7 @@
 import pytest
 
 from trl_cdr import Score
-from trl_cdr.training.metrics import Call, call_metrics, domain_sums
+from trl_cdr.training.metrics import Call, add_sums, call_metrics, call_sums, domain_sums, means
 
 
 def score(value, tokens=2, **fields):
@@ -49,3 +49,30 @@ def test_a_call_of_which_nothing_is_known_has_the_same_keys():
     assert list(empty) == list(full)
     assert empty["unscorable"] == 1
     assert all(isinstance(value, float) for value in (*empty.values(), *full.values()))
+
+
+def test_missing_rewards_do_not_tie():
+    call = Call(
+        ["a"] * 4, ["x"] * 4, [[1]] * 4, [Score(None, error="no")] * 2 + [score(1.0)] * 2, [None, None, 1, 1], 0.1
+    )
+    assert call_metrics(call)["ties"] == 1
+    call = Call(["a"] * 2, ["x"] * 2, [[1]] * 2, [Score(None, error="no")] * 2, [None] * 2, 0.1)
+    assert call_metrics(call)["ties"] == 0
+
+
+def test_calls_weigh_what_they_counted():
+    """Three rows and one, of which one can't be scored: not the mean of two means."""
+    first = Call(
+        ["a"] * 3, ["x"] * 3, [[1, 2]] * 3, [score(1.0, domain="math"), score(3.0), Score(None)], [1.0, 3.0, None], 2.0
+    )
+    second = Call(["b"], ["x"], [[1]], [score(-6.0, tokens=1, domain="math")], [-6.0], 1.0)
+    sums = add_sums(call_sums(first), call_sums(second), {f"rewards/{k}": v for k, v in domain_sums(first).items()})
+    found = means(add_sums(sums, {f"rewards/{k}": v for k, v in domain_sums(second).items()}))
+    assert found["strong_logps"] == pytest.approx((-3 - 1 - 10) / 3)
+    assert found["tokens"] == pytest.approx(5 / 3)
+    assert found["log_ratio_std"] == pytest.approx((1 + 1 + 0) / 3)
+    assert found["ties"] == 0
+    assert found["seconds"] == 1.5
+    assert found["rewards/math"] == -2.5
+    nothing = call_sums(Call(["a"], ["x"], [[]], [Score(None, error="no")], [None], 2.0))
+    assert means(add_sums(call_sums(second), nothing))["strong_logps"] == -10

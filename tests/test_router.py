@@ -4,7 +4,7 @@ import pytest
 from tiny import chat
 
 from trl_cdr import ConfigError, Criteria, DomainCriteria, InputError
-from trl_cdr.conditioning.router import Router, ask, confusion, read_request
+from trl_cdr.conditioning.router import NoDomain, Router, ask, confusion, read_request
 
 CRITERIA = Criteria({"math": DomainCriteria(), "poems": DomainCriteria(), "other": DomainCriteria()})
 PROMPTS = [chat("1 + 1"), "a poem", chat("a poem", "ok", "2 + 2")]
@@ -32,8 +32,34 @@ def test_constant():
 def test_what_the_caller_knows_wins():
     router = Router(CRITERIA, domain="poems")
     assert router.route(PROMPTS, ["math", None, "other"], never) == ["math", "poems", "other"]
-    with pytest.raises(InputError, match="the domain 'law'"):
-        router.route(PROMPTS, ["law", None, None], never)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("law", "the domain 'law' is not among the criteria's: math, poems, other. Name one of these, or define"),
+        (["math"], "its domain is ['math'] (list), and a domain is a name"),
+        (3, "its domain is 3 (int), and a domain is a name"),
+        (float("nan"), "its domain is nan (float), and a domain is a name"),
+    ],
+)
+def test_a_bad_domain_is_its_rows_reason(value, reason):
+    for router in (Router(CRITERIA, domain="poems"), Router(CRITERIA), Router(CRITERIA, router="column:kind")):
+        right, wrong, _ = router.route(PROMPTS, ["math", value, "other"], never)
+        assert right == "math"
+        assert wrong.reason.startswith(reason)
+    with_default = Router(Criteria({"math": DomainCriteria(), "default": DomainCriteria()}), router="column:kind")
+    assert with_default.route(["a", "b"], ["law", "math"], never) == ["default", "math"]
+
+
+def test_a_row_without_a_domain():
+    assert Router(CRITERIA).route(PROMPTS, ["math", None, "other"], never) == [
+        "math",
+        NoDomain("the call names no domain for it"),
+        "other",
+    ]
+    [found] = Router(CRITERIA, router="column:kind").route(["a"], [None], never)
+    assert found == NoDomain("the column 'kind' names no domain for it")
 
 
 def test_several_domains_and_no_rule():
@@ -52,6 +78,12 @@ def test_column():
         router.read_column({"a": [1], "b": [2]})
     with pytest.raises(InputError, match="router is 'column:kind', and the call names no domains"):
         router.route(PROMPTS, None, never)
+    router.check_column(["kind"], ["math", None, "other"], where="train_dataset")
+    with pytest.raises(InputError, match="router is 'column:kind', and train_dataset has only: a. Add the column"):
+        router.check_column(["a"], where="train_dataset")
+    with pytest.raises(InputError, match="router is 'column:kind', and in train_dataset the domain 'law' is not among"):
+        router.check_column(["kind"], ["math", "law"], where="train_dataset")
+    Router(CRITERIA, domain="math").check_column([], where="train_dataset")
     with pytest.raises(ConfigError, match="names no column"):
         Router(CRITERIA, router="column: ")
 
@@ -60,7 +92,7 @@ def test_callable():
     expected = ["math", "poems", "math"]
     assert Router(CRITERIA, router=by_digit).route(PROMPTS, None, never) == expected
     assert Router(CRITERIA, router="test_router.by_digit").route(PROMPTS, None, never) == expected
-    for path in ("no.such.module", "test_router.nothing", "word"):
+    for path in ("no.such.module", "test_router.nowhere", "word"):
         with pytest.raises(ConfigError, match=f"router is '{path}', which can't be imported"):
             Router(CRITERIA, router=path)
     with pytest.raises(ConfigError, match="router is 3. Pass 'column:NAME'"):
@@ -72,12 +104,15 @@ def test_callable():
     def lost(prompt):
         return "law"
 
+    def nothing(prompt):
+        return None
+
     with pytest.raises(InputError, match="the router broken raised KeyError: 'oh'"):
         Router(CRITERIA, router=broken).route(PROMPTS, None, never)
-    with pytest.raises(InputError, match="the router lost returned 'law': the domain 'law' is not among"):
-        Router(CRITERIA, router=lost).route(PROMPTS, None, never)
-    with pytest.raises(InputError, match="returned None. It has to return a domain's name"):
-        Router(CRITERIA, router=print).route(PROMPTS, None, never)
+    [found] = Router(CRITERIA, router=lost).route(["a"], None, never)
+    assert found.reason.startswith("of the router lost, the domain 'law' is not among")
+    [found] = Router(CRITERIA, router=nothing).route(["a"], None, never)
+    assert found == NoDomain("of the router nothing, its domain is None (NoneType), and a domain is a name")
 
 
 def test_likelihood_takes_the_most_likely_label_and_remembers():
@@ -92,8 +127,10 @@ def test_likelihood_takes_the_most_likely_label_and_remembers():
     assert asked == [ask(text, ["math", "poems", "other"]) for text in ("1 + 1", "a poem", "2 + 2")]
     assert router.route([chat("2 + 2"), chat("3 + 3")], None, score) == ["math", "math"]
     assert len(asked) == 4  # the first was known
-    assert router.route([None, [], chat("2 + 2")], None, never) == [None, None, "math"]
-    assert router.route([chat("unreadable")], None, lambda texts, labels: [None]) == [None]
+    first, second, third = router.route([None, [], chat("2 + 2")], None, never)
+    assert first == second == NoDomain("its domain can't be told: no user's turn of the prompt can be read")
+    assert third == "math"
+    assert router.route([chat("unreadable")], None, lambda texts, labels: [None]) == [first]
 
 
 def test_the_request():
@@ -111,3 +148,5 @@ def test_confusion():
         "a": {"a": 1, "b": 1, "none": 0},
         "b": {"a": 0, "b": 0, "none": 1},
     }
+    with pytest.raises(InputError, match="domains.0. is .'a'. .list.. Pass a domain's name"):
+        confusion([["a"]], ["a"])

@@ -8,8 +8,8 @@ The data's way through the package:
         |
         v
     training.reward     CDRReward: TRL's reward-function contract        (thin)
-        |               beside it: judge (TRL's judge protocol), callback (metrics, provenance),
-        |               environment (options from variables), train (a whole run),
+        |               beside it: judge (TRL's judge protocol), callback (metrics), provenance (what labelled),
+        |               checks (before the first step), environment (options from variables), train (a whole run),
         |               online_preference_trainer (SimPO and DPO on the best and worst of N; selection, losses)
         |
         v

@@ -41,6 +41,36 @@ def reward_functions(trainer: Any) -> list[Any]:
     return list(functions) if isinstance(functions, (list, tuple)) else []
 
 
+def trainer_behind(log_metric: Any) -> Any:
+    """The trainer whose bound method GRPO and RLOO hand to a reward function, the one way to it; else None."""
+    owner = getattr(log_metric, "__self__", None)
+    return owner if hasattr(owner, "callback_handler") else None
+
+
+def skips_missing_rewards(trainer: Any) -> bool:
+    """
+    Whether a completion for which a reward function returns None is left out by the trainer, so far as this reward
+    goes. Elsewhere None counts as 0, which often wins against honest negative log-ratios: in online DPO, in GRPO and
+    RLOO before TRL 1.6, in later ones beside a second reward function (they leave out only what every function left
+    open, and add up the rest), and who knows in trainers that are not TRL's.
+
+    Args:
+        trainer: The trainer, or None where it is not known.
+    """
+    kinds = type(trainer).__mro__
+    if any(kind.__name__ == "OnlinePreferenceTrainer" for kind in kinds):
+        return True
+    method = "_generate_and_score_completions"  # where rewards become advantages
+    home = next((kind.__module__ for kind in kinds if method in vars(kind)), None)
+    if home not in ("trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer"):
+        return False
+    if Version(version("trl")).release < (1, 6):
+        return False
+    # Normalised before they are added, a missing reward is the mean of its group.
+    is_neutral = getattr(trainer, "multi_objective_aggregation", None) == "normalize_then_sum"
+    return len(reward_functions(trainer)) == 1 or is_neutral
+
+
 def trust_remote_code(*configs: Any) -> bool:
     """Whether the policy may bring code of its own: TRL moved the field from ModelConfig to the trainers' configs."""
     return any(getattr(config, "trust_remote_code", False) for config in configs)

@@ -124,11 +124,12 @@ class CDRConfig:
             "deviations per token), the reward is min(log-ratio, 0) - 1. inf: off, the paper's plain ratio."
         },
     )
-    cdr_on_unscorable: Literal["floor", "none", "raise"] = field(
-        default="floor",
+    cdr_on_unscorable: Literal["auto", "floor", "none", "raise"] = field(
+        default="auto",
         metadata={
-            "help": "Reward of a completion that can't be scored. floor: the call's worst finite reward minus 1 nat, "
-            "-1 if there is none; none: None (TRL may read it as 0); raise: stop."
+            "help": "Reward of a completion that can't be scored. auto: none where the trainer leaves it out, floor "
+            "where it would read None as 0; floor: the call's worst finite reward minus 1 nat, -1 if there is none; "
+            "none: None; raise: stop."
         },
     )
     cdr_name: str = field(

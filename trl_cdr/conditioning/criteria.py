@@ -242,6 +242,7 @@ class Criteria:
 
         Raises:
             ConfigError: a domain has too few rows that can serve.
+            InputError: a row lacks a column, or its domain is no name.
 
         Example:
 
@@ -254,7 +255,13 @@ class Criteria:
             members[domain] = list(range(len(dataset)))
         else:
             for index in range(len(dataset)):
-                members.setdefault(str(dataset[index][domain_column]), []).append(index)
+                name = _field(dataset[index], domain_column)
+                if not isinstance(name, str):
+                    raise InputError(
+                        f"row {index} has {domain_column}={name!r} ({type(name).__name__}), and a domain is a name. "
+                        "Mend the column, or pass another as domain_column."
+                    )
+                members.setdefault(name, []).append(index)
         domains = {}
         for name, indices in members.items():
             random.Random(f"{name} {seed}").shuffle(indices)
@@ -373,7 +380,7 @@ def _find_line(text: str, path: Sequence[str | int]) -> int:
 
 def _read_pair(row: Mapping[str, Any]) -> Exemplar | None:
     """A row of a preference data set as an exemplar; None where it is no single turn, or its two texts are equal."""
-    chosen, rejected = row["chosen"], row["rejected"]
+    chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
     prompt = row.get("prompt")
     if prompt is None and not isinstance(chosen, str):
         prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
@@ -381,6 +388,12 @@ def _read_pair(row: Mapping[str, Any]) -> Exemplar | None:
     if not all(texts) or texts[1] == texts[2]:
         return None
     return Exemplar(*(str(text) for text in texts))
+
+
+def _field(row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        raise InputError(f"the data set has no column {name!r}, only: {', '.join(row)}. Add it, or name another.")
+    return row[name]
 
 
 def _only_text(part: Any) -> str | None:

@@ -5,7 +5,8 @@ Knows no model: for `likelihood` it is handed a function that scores labels. `cr
 
 import importlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, InputError
@@ -20,6 +21,16 @@ LabelScorer = Callable[[Sequence[str], Sequence[str]], Sequence[Sequence[float] 
 # What a request is shown by is its start; more would cost more than it tells.
 _SHOWN_CHARACTERS = 2000
 _REMEMBERED = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class NoDomain:
+    """A row that criteria can't be chosen for, and why: no row stops a call."""
+
+    reason: str
+
+
+_UNREADABLE = NoDomain("its domain can't be told: no user's turn of the prompt can be read")
 
 
 class Router:
@@ -68,22 +79,48 @@ class Router:
             self._name = getattr(self._callable, "__name__", self._name)
         self._by_likelihood = router == LIKELIHOOD
 
-    def read_column(self, columns: Mapping[str, Any]) -> Sequence[str | None] | None:
+    @property
+    def column(self) -> str | None:
+        """The data set's column that names the domains, where the router reads one."""
+        return self._column
+
+    def read_column(self, columns: Mapping[str, Any]) -> Sequence[Any] | None:
         """
-        The domains that a data set's columns name, where the router reads a column.
+        What a data set's columns say of the domains, where the router reads a column; a value may be wrong.
 
         Raises:
             InputError: the column is not there.
         """
         if self._column is None:
             return None
-        if self._column not in columns:
+        self.check_column(columns, where="the call")
+        values: Sequence[Any] = columns[self._column]
+        return values
+
+    def check_column(self, columns: Iterable[str], values: Iterable[Any] = (), *, where: str) -> None:
+        """
+        Whether the router's column is among a data set's, and names domains.
+
+        Args:
+            columns (`Iterable[str]`): The data set's.
+            values (`Iterable`): What is known to stand in the column. `None` is a row's matter.
+            where (`str`): What an error calls the data set.
+
+        Raises:
+            InputError: the column is not there, or a value is no domain of the criteria. Never without a column.
+        """
+        if self._column is None:
+            return
+        names = list(columns)
+        if self._column not in names:
             raise InputError(
-                f"router is {COLUMN + self._column!r}, and the call has only: {', '.join(columns) or 'no columns'}. "
+                f"router is {COLUMN + self._column!r}, and {where} has only: {', '.join(names) or 'no columns'}. "
                 "Add the column to the data set."
             )
-        values: Sequence[str | None] = columns[self._column]
-        return values
+        for value in values:
+            found = None if value is None else self._resolve(value)
+            if isinstance(found, NoDomain):
+                raise InputError(f"router is {COLUMN + self._column!r}, and in {where} {found.reason}")
 
     @property
     def is_undecided(self) -> bool:
@@ -91,8 +128,8 @@ class Router:
         return (self._constant, self._column, self._callable) == (None, None, None) and not self._by_likelihood
 
     def route(
-        self, prompts: Sequence[Prompt], domains: Sequence[str | None] | None, score_labels: LabelScorer
-    ) -> list[str | None]:
+        self, prompts: Sequence[Prompt], domains: Sequence[Any] | None, score_labels: LabelScorer
+    ) -> list[str | NoDomain]:
         """
         The domain of each prompt.
 
@@ -102,26 +139,31 @@ class Router:
             score_labels (`LabelScorer`): Called for `likelihood` alone.
 
         Returns:
-            `list[str | None]`: One of the criteria's domains for each; None where a prompt can't be read or classified.
+            `list[str | NoDomain]`: One of the criteria's domains for each, or why there is none: a domain that the
+            criteria do not know, a value that is no name, a prompt that can't be read or classified.
 
         Raises:
-            InputError: a domain is unknown, or nothing says what it is.
+            InputError: nothing at all says what the domains are, or the router's function raised.
         """
-        asked: list[str | None] = [None] * len(prompts) if domains is None else list(domains)
+        asked: list[Any] = [None] * len(prompts) if domains is None else list(domains)
         unknown = [index for index, domain in enumerate(asked) if domain is None]
         if unknown:
-            found = self._find([prompts[index] for index in unknown], score_labels)
+            found = self._find([prompts[index] for index in unknown], score_labels, is_told=domains is not None)
             for index, name in zip(unknown, found, strict=True):
                 asked[index] = name
-        return [None if domain is None else self._criteria.resolve(domain) for domain in asked]
+        return [domain if isinstance(domain, NoDomain) else self._resolve(domain) for domain in asked]
 
-    def _find(self, prompts: Sequence[Prompt], score_labels: LabelScorer) -> Sequence[str | None]:
+    def _find(self, prompts: Sequence[Prompt], score_labels: LabelScorer, *, is_told: bool) -> Sequence[str | NoDomain]:
+        """The domains that a call leaves open. `is_told`: the call names some."""
         if self._constant is not None:
             return [self._constant] * len(prompts)
         if self._callable is not None:
             return [self._call(self._callable, prompt) for prompt in prompts]
         if self._by_likelihood:
             return self._classify(prompts, score_labels)
+        if is_told:
+            source = "the call" if self._column is None else f"the column {self._column!r}"
+            return [NoDomain(f"{source} names no domain for it")] * len(prompts)
         if self._column is not None:
             raise InputError(
                 f"router is {COLUMN + self._column!r}, and the call names no domains. Pass domains=, the values of "
@@ -132,19 +174,24 @@ class Router:
             "router says which. Pass domains=, domain= or router=."
         )
 
-    def _call(self, function: Callable[[Prompt], str], prompt: Prompt) -> str:
+    def _call(self, function: Callable[[Prompt], str], prompt: Prompt) -> str | NoDomain:
         try:
             domain = function(prompt)
         except Exception as error:
             raise InputError(f"the router {self._name} raised {type(error).__name__}: {error}. Mend it.") from error
+        found = self._resolve(domain)
+        return NoDomain(f"of the router {self._name}, {found.reason}") if isinstance(found, NoDomain) else found
+
+    def _resolve(self, domain: Any) -> str | NoDomain:
+        """The domain whose criteria serve one that is named, whatever stands for its name."""
         if not isinstance(domain, str):
-            raise InputError(f"the router {self._name} returned {domain!r}. It has to return a domain's name.")
+            return NoDomain(f"its domain is {domain!r} ({type(domain).__name__}), and a domain is a name")
         try:
             return self._criteria.resolve(domain)
         except InputError as error:
-            raise InputError(f"the router {self._name} returned {domain!r}: {error}") from None
+            return NoDomain(str(error).removesuffix("."))
 
-    def _classify(self, prompts: Sequence[Prompt], score_labels: LabelScorer) -> list[str | None]:
+    def _classify(self, prompts: Sequence[Prompt], score_labels: LabelScorer) -> list[str | NoDomain]:
         requests = [read_request(prompt) for prompt in prompts]
         new = list(dict.fromkeys(text for text in requests if text is not None and text not in self._known))
         if new:
@@ -152,7 +199,7 @@ class Router:
             for text, values in zip(new, score_labels([ask(text, labels) for text in new], labels), strict=True):
                 if values is not None:
                     self._known[text] = labels[max(range(len(labels)), key=values.__getitem__)]
-        found = [None if text is None else self._known.get(text) for text in requests]
+        found = [_UNREADABLE if text is None else self._known.get(text, _UNREADABLE) for text in requests]
         while len(self._known) > _REMEMBERED:
             del self._known[next(iter(self._known))]
         return found
@@ -183,7 +230,13 @@ def confusion(expected: Sequence[str], found: Sequence[str | None]) -> dict[str,
 
     Returns:
         `dict`: for each expected domain how often each domain was found (`"none"`: no domain).
+
+    Raises:
+        InputError: an expected domain is no name.
     """
+    for index, right in enumerate(expected):
+        if not isinstance(right, str):
+            raise InputError(f"domains[{index}] is {right!r} ({type(right).__name__}). Pass a domain's name.")
     counts = Counter((right, said or "none") for right, said in zip(expected, found, strict=True))
     said_at_all = sorted({said for _, said in counts})
     return {right: {said: counts[right, said] for said in said_at_all} for right in sorted(set(expected))}

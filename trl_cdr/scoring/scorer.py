@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..conditioning.criteria import Conditioning, Criteria
-from ..conditioning.router import Router, confusion
+from ..conditioning.router import NoDomain, Router, confusion
 from ..config import PAIR_OPTIONS, CDRConfig
 from ..errors import ConfigError, InputError
 from .completions import CompletionReader
@@ -126,13 +126,14 @@ class DensityRatioScorer:
             finished (`Sequence[bool | None]`, *optional*): Whether the policy ended its turn; used where ids don't
                 say. Default: finished without `completion_ids`; with them, what the policy's tokenizer says.
             domains (`Sequence[str | None]`, *optional*): Each prompt's domain; it wins over the router's. `None` leaves
-                a row to the router. Without criteria, returned as they are.
+                a row to the router. One that the criteria do not know is its row's reason. Without criteria, returned
+                as they are.
 
         Returns:
             `list[Score]`: one for each prompt, in order. A row that can't be scored has `error` set and no value.
 
         Raises:
-            InputError: lengths differ, a domain is unknown, or nothing says what it is.
+            InputError: lengths differ, or nothing at all says what the domains are.
             ConfigError: conversations without any chat template, or a pair that was lost by pickling.
             ModelError: a model can't be loaded or can't serve, or memory does not hold a single row.
         """
@@ -141,8 +142,8 @@ class DensityRatioScorer:
         if len(prompts) == 0:
             return []
         with self._source.lock:
-            domains = self.route(prompts, domains)
-            conditioned, conditionings = self._condition(prompts, domains)
+            found = self._route(prompts, domains)
+            conditioned, conditionings = self._condition(prompts, found)
             pair, reader = self._load()
             read = reader.read(completions, ids, finished)
             rows = _encode(pair, conditioned, read)
@@ -158,7 +159,7 @@ class DensityRatioScorer:
             )
         logps = dict(zip(firsts, zip(strong, weak, strict=True), strict=True))
         scores = []
-        for row, completion, domain in zip(rows, read, domains, strict=True):
+        for row, completion, domain in zip(rows, read, found, strict=True):
             if isinstance(row, Unscorable):
                 score = Score(None, error=str(row))
             else:
@@ -170,7 +171,7 @@ class DensityRatioScorer:
                     shares_vocabulary=pair.shares_vocabulary,
                 )
             ended = None if isinstance(completion, Unscorable) else completion.finished
-            scores.append(replace(score, domain=domain, finished=ended))
+            scores.append(replace(score, domain=_name(domain), finished=ended))
         return scores
 
     def route(self, prompts: Sequence[Prompt], domains: Sequence[str | None] | None = None) -> list[str | None]:
@@ -182,11 +183,17 @@ class DensityRatioScorer:
             domains (`Sequence[str | None]`, *optional*): What is known; it wins.
 
         Returns:
-            `list[str | None]`: `None` where a prompt can't be read, or can't be classified.
+            `list[str | None]`: `None` where a prompt can't be read or classified, or its domain is unknown.
 
         Raises:
-            InputError: a domain is unknown, or nothing says what it is.
+            InputError: nothing at all says what the domains are.
         """
+        return [_name(domain) for domain in self._route(prompts, domains)]
+
+    def _route(
+        self, prompts: Sequence[Prompt], domains: Sequence[str | None] | None
+    ) -> Sequence[str | NoDomain | None]:
+        """As `route`, with the reason where there is no domain; `None` without criteria."""
         if self.router is None:
             return [None] * len(prompts) if domains is None else list(domains)
         return self.router.route(prompts, domains, self._score_labels)
@@ -242,7 +249,7 @@ class DensityRatioScorer:
         return [means.get(index) for index in range(len(texts))]
 
     def _condition(
-        self, prompts: Sequence[Prompt], domains: Sequence[str | None]
+        self, prompts: Sequence[Prompt], domains: Sequence[str | NoDomain | None]
     ) -> tuple[list[Prompt | Unscorable], list[Conditioning | None]]:
         """Each prompt as the models read it, and what was put before it."""
         if self.criteria is None:
@@ -255,15 +262,15 @@ class DensityRatioScorer:
                 seed=self.config.cdr_seed,
             )
             for domain in dict.fromkeys(domains)
-            if domain is not None
+            if isinstance(domain, str)
         }
         conditioned: list[Prompt | Unscorable] = []
         for prompt, domain in zip(prompts, domains, strict=True):
-            if domain is None:
-                conditioned.append(Unscorable("its domain can't be told: no user's turn of the prompt can be read"))
+            if isinstance(domain, NoDomain):
+                conditioned.append(Unscorable(domain.reason))
             else:
-                conditioned.append(conditionings[domain].apply(prompt))
-        return conditioned, [None if domain is None else conditionings[domain] for domain in domains]
+                conditioned.append(conditionings[cast(str, domain)].apply(prompt))
+        return conditioned, [conditionings.get(cast(str, domain)) for domain in domains]
 
     def load(self) -> None:
         """
@@ -329,6 +336,10 @@ class DensityRatioScorer:
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to loaded models, which stay behind."""
         return {**self.__dict__, "_reader": None}
+
+
+def _name(domain: str | NoDomain | None) -> str | None:
+    return None if isinstance(domain, NoDomain) else domain
 
 
 def _show(given: Any) -> str | None:

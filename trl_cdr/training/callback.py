@@ -1,30 +1,27 @@
 """CDRCallback: what a trainer does not do for a reward function. Touches no model's numbers; `metrics` counts.
 
 The reward's metrics in online DPO, whose trainer hands over no `log_metric`; means by domain, which GRPO and RLOO could
-not gather by key; the time that labelling takes; a record of what labelled beside every checkpoint; the pair loaded
-before the first step.
+not gather by key; the time that labelling takes; the data set checked and the pair loaded before the first step. The
+record of what labelled is `provenance`'s.
 """
 
-import json
 import time
-from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import _compat
 from ..errors import ConfigError
-from .completions_table import CompletionsTable
-from .metrics import Call, call_metrics, domain_sums
+from .checks import check_domains, check_name, trainer_datasets
+from .completions_table import table_rows, write_table
+from .metrics import Call, Sums, add_sums, call_sums, domain_sums, means
+from .provenance import ProvenanceCallback
 from .reward import CDRReward
 
-PROVENANCE = "cdr_labeling.json"
 
-
-class CDRCallback(TrainerCallback):  # type: ignore[misc]
+class CDRCallback(ProvenanceCallback):
     """
     Metrics, provenance and an early start for a [`CDRReward`].
 
@@ -33,20 +30,23 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
     - In online DPO logs the reward's metrics (`<name>/...`, see `call_metrics`), which GRPO and RLOO log by themselves.
     - With `trainer`, in every trainer, logs the mean reward of each domain (`<name>/rewards/<domain>`) and
       `<name>/step_share`, the share of the time since the last log that went into labelling.
-    - Writes `cdr_labeling.json` into every checkpoint: options, revisions, a hash of the criteria, versions.
+    - Writes `cdr_labeling.json` into the output folder and every checkpoint: options, revisions, a hash of the
+      criteria, versions. With `trainer`, model cards say it too.
 
-    What is logged reaches `state.log_history` and every reporting integration; over several processes it is a mean.
+    What is logged reaches `state.log_history` and every reporting integration: means over what was counted since the
+    last log, over all processes. It is in the logs of training steps alone.
 
     Args:
         reward (`CDRReward`): One of the trainer's reward functions.
         trainer (`Trainer`, *optional*): The trainer that this is added to; required in online DPO.
         log_completions (`bool`, *optional*, defaults to `False`): In online DPO, print a sample of each log's
-            completions and keep all of them under `completions` in the output folder; GRPO and RLOO have an option of
-            their own for that.
+            completions and keep those of all processes under `completions` in the output folder; GRPO and RLOO have an
+            option of their own for that.
 
     Raises:
         ConfigError: `reward` is no `CDRReward`. When training begins: the trainer does not use this reward, or uses two
             of one name; online DPO without `trainer`; the policy is the very module that scores.
+        InputError: When training begins: a data set lacks the router's column, or names an unknown domain in it.
 
     Example:
 
@@ -59,46 +59,51 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, reward: CDRReward, trainer: Any = None, *, log_completions: bool = False) -> None:
         if not isinstance(reward, CDRReward):
             raise ConfigError(f"reward is a {type(reward).__name__}. Pass the CDRReward that the trainer uses.")
-        self.reward = reward
+        super().__init__(reward)
         self._trainer = trainer
-        self._table = CompletionsTable() if log_completions else None
-        self._calls: list[dict[str, float]] = []
-        self._domains: dict[str, tuple[float, int]] = {}
-        self._seconds = 0.0
-        self._since = time.perf_counter()
+        self._log_completions = log_completions
         self._is_online_dpo = False
+        # What this process has gathered since the last log, and, over all processes, what the next log gets.
+        self._sums: Sums = {}
+        self._rows: list[dict[str, Any]] = []
+        self._since = time.perf_counter()
+        self._gathered_at = 0
+        self._ready: dict[str, float] = {}
 
-    def on_train_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self._is_online_dpo = _compat.is_online_dpo(args)
         self._check(kwargs.get("model"))
-        if self._trainer is not None:
-            # Reporting integrations come before a user's callbacks: only who stands before them can add to a log.
-            handler = self._trainer.callback_handler
-            handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
         if kwargs.get("processing_class") is not None:
             self.reward.scorer.use_policy_tokenizer(kwargs["processing_class"])
         self.reward.scorer.load()
-        self.reward.observe(self._observe)
-        self._since = time.perf_counter()
+        if self._trainer is None:
+            super().on_train_begin(args, state)
+        else:
+            self.join(self._trainer)
+            self._take_place()
+            self.reward.observe(self._observe)
+        self._since, self._gathered_at = time.perf_counter(), state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # The one place before a log that every process passes: in on_log, where some log on the main process alone, as
+        # is TRL's convention, it would wait for the others for ever.
+        if control.should_log:
+            self._gather(args, state)
+
+    on_epoch_end = on_step_end
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, float] | None = None, **__: Any
+        self, _args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, float] | None = None, **__: Any
     ) -> None:
-        if self._trainer is None or logs is None or any(key.startswith(("eval_", "train_")) for key in logs):
-            return
-        added = self._collect()
-        logs.update(added)
-        if state.log_history:
-            state.log_history[-1].update(added)
-        if self._table is not None and state.is_world_process_zero:
-            self._table.flush(Path(args.output_dir) / "completions", step=state.global_step)
+        if logs is not None and self._ready:
+            logs.update(self._ready)
+            if state.log_history:
+                state.log_history[-1].update(self._ready)
+            self._ready = {}
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(provenance(self.reward), indent=2)
-            (folder / PROVENANCE).write_text(text + "\n", encoding="utf-8")
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        self._gather(args, state)  # the last steps' completions; no log of theirs follows
+        self._ready = {}
 
     def _check(self, policy: Any) -> None:
         name = self.reward.__name__
@@ -111,11 +116,8 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
             raise ConfigError(
                 f"the trainer does not use {name}. Pass the same object as reward_funcs= and to CDRCallback."
             )
-        names = [f.__name__ for f in _compat.reward_functions(self._trainer) if isinstance(f, CDRReward)]
-        if names.count(name) > 1:
-            raise ConfigError(
-                f"{len(names)} of the trainer's rewards are called {name}: their metrics would mix. Pass another name=."
-            )
+        check_name(name, self._trainer)
+        check_domains(self.reward.scorer.router, trainer_datasets(self._trainer))
         inner = getattr(policy, "module", policy)
         if any(inner is model for model in self.reward.scorer.modules()):
             raise ConfigError(
@@ -123,48 +125,38 @@ class CDRCallback(TrainerCallback):  # type: ignore[misc]
                 "Pass a copy, or the model's name."
             )
 
+    def _take_place(self) -> None:
+        """
+        Behind the trainer's own callback, which decides when to log, and before reporting integrations: only who stands
+        before them can add to a log.
+        """
+        handler = self._trainer.callback_handler
+        others = [callback for callback in handler.callbacks if callback is not self]
+        flows = [index for index, callback in enumerate(others) if isinstance(callback, DefaultFlowCallback)]
+        place = flows[0] + 1 if flows else 0
+        handler.callbacks = [*others[:place], self, *others[place:]]
+
     def _observe(self, call: Call) -> None:
-        if self._trainer is not None and not self._trainer.model.training:
+        if not self._trainer.model.training:
             return  # an evaluation's
-        self._seconds += call.seconds
-        for domain, (total, count) in domain_sums(call).items():
-            before = self._domains.get(domain, (0.0, 0))
-            self._domains[domain] = (before[0] + total, before[1] + count)
+        by_domain = {f"rewards/{domain}": part for domain, part in domain_sums(call).items()}
+        self._sums = add_sums(self._sums, by_domain, {"step_share": (call.seconds, 0.0)})
         if self._is_online_dpo:
-            self._calls.append(call_metrics(call))
-            if self._table is not None:
-                self._table.add(call)
+            self._sums = add_sums(self._sums, call_sums(call))
+            if self._log_completions:
+                self._rows += table_rows(call)
 
-    def _collect(self) -> dict[str, float]:
-        """What has gathered since the last log, over all processes."""
+    def _gather(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Make the next log's values ready, and write the completions, from what all processes gathered."""
+        if self._trainer is None or state.global_step == self._gathered_at:
+            return
         now = time.perf_counter()
-        share = self._seconds / (now - self._since)
-        mine = [{"calls": self._calls, "domains": self._domains, "share": share}]
-        self._calls, self._domains, self._seconds, self._since = [], {}, 0.0, now
-        ranks = gather_object(mine)
-        calls = [call for rank in ranks for call in rank["calls"]]
-        values = {key: sum(call[key] for call in calls) / len(calls) for key in (calls[0] if calls else {})}
-        sums: dict[str, list[tuple[float, int]]] = defaultdict(list)
-        for rank in ranks:
-            for domain, part in rank["domains"].items():
-                sums[domain].append(part)
-        for domain, parts in sorted(sums.items()):
-            values[f"rewards/{domain}"] = sum(total for total, _ in parts) / sum(count for _, count in parts)
-        values["step_share"] = sum(rank["share"] for rank in ranks) / len(ranks)
-        return {f"{self.reward.config.cdr_name}/{key}": value for key, value in values.items()}
-
-
-def provenance(reward: CDRReward) -> dict[str, Any]:
-    """What labelled: the reward's options, the revisions that its models were loaded at, its criteria, the versions."""
-    criteria = reward.scorer.criteria
-    described = reward.scorer.describe()
-    return {
-        "name": reward.__name__,
-        "config": asdict(reward.config),
-        "models": {
-            role: {key: described[role][key] for key in ("name", "revision", "dtype", "way")}
-            for role in ("strong", "weak")
-        },
-        "criteria_sha256": None if criteria is None else criteria.digest,
-        "versions": _compat.versions(),
-    }
+        sums = add_sums(self._sums, {"step_share": (0.0, now - self._since)})
+        rows, self._rows, self._sums = self._rows, [], {}
+        self._since, self._gathered_at = now, state.global_step
+        values = means(add_sums(*gather_object([sums])))
+        self._ready = {f"{self.reward.config.cdr_name}/{key}": value for key, value in values.items()}
+        if self._log_completions:
+            everyones = gather_object(rows)
+            if state.is_world_process_zero:
+                write_table(everyones, Path(args.output_dir) / "completions", step=state.global_step)

@@ -13,47 +13,41 @@ _SHOWN = 4
 _LONGEST = 400
 
 
-class CompletionsTable:
-    """Gathers the rows of reward calls until they are flushed."""
-
-    def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
-
-    def add(self, call: Call) -> None:
-        """Take over a call's rows."""
+def table_rows(call: Call) -> list[dict[str, Any]]:
+    """A row for each completion of a reward call."""
+    return [
+        {
+            "prompt": _text(prompt),
+            "completion": _text(completion),
+            "reward": reward,
+            "log_ratio": score.value,
+            "strong_logps": score.strong_logps,
+            "weak_logps": score.weak_logps,
+            "tokens": score.n_tokens,
+            "typicality": score.typicality,
+            "gated": score.gated,
+            "domain": score.domain,
+            "error": score.error,
+        }
         for prompt, completion, score, reward in zip(
             call.prompts, call.completions, call.scores, call.rewards, strict=True
-        ):
-            self._rows.append(
-                {
-                    "prompt": _text(prompt),
-                    "completion": _text(completion),
-                    "reward": reward,
-                    "log_ratio": score.value,
-                    "strong_logps": score.strong_logps,
-                    "weak_logps": score.weak_logps,
-                    "tokens": score.n_tokens,
-                    "typicality": score.typicality,
-                    "gated": score.gated,
-                    "domain": score.domain,
-                    "error": score.error,
-                }
-            )
+        )
+    ]
 
-    def flush(self, folder: Path, *, step: int) -> None:
-        """Write `completions_<step>.parquet` into the folder, print the last rows, and forget them."""
-        if not self._rows:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        rows, self._rows = self._rows, []
-        Dataset.from_list(rows).to_parquet(folder / f"completions_{step:05d}.parquet")
-        table = Table("prompt", "completion", "reward", "tokens", title=f"Step {step}", show_lines=True)
-        for row in rows[-_SHOWN:]:
-            reward = "-" if row["reward"] is None else f"{row['reward']:+.2f}"
-            note = " (gated)" if row["gated"] else ""
-            texts = (row[name][-_LONGEST:] for name in ("prompt", "completion"))
-            table.add_row(*texts, f"{reward}{note}", str(row["tokens"]))
-        Console().print(table, markup=False)
+
+def write_table(rows: list[dict[str, Any]], folder: Path, *, step: int) -> None:
+    """Write `completions_<step>.parquet` into the folder, and print the last rows; nothing without rows."""
+    if not rows:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(rows).to_parquet(folder / f"completions_{step:05d}.parquet")
+    table = Table("prompt", "completion", "reward", "tokens", title=f"Step {step}", show_lines=True)
+    for row in rows[-_SHOWN:]:
+        reward = "-" if row["reward"] is None else f"{row['reward']:+.2f}"
+        note = " (gated)" if row["gated"] else ""
+        texts = (row[name][-_LONGEST:] for name in ("prompt", "completion"))
+        table.add_row(*texts, f"{reward}{note}", str(row["tokens"]))
+    Console().print(table, markup=False)
 
 
 def _text(conversation: Any) -> str:

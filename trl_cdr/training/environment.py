@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from .. import _compat
 from ..config import CDRConfig
 from ..errors import ConfigError
 from ..scoring.encoding import Message, Prompt
@@ -31,10 +32,13 @@ class EnvironmentReward:
     `CDR_WEAK` at least. What is unset or empty has its default, which may follow the trainer's arguments.
 
     The environment is read at the first call. Can be pickled; a copy reads the environment of its own process.
+
+    Attributes:
+        reward (`CDRReward` or `None`): What does the work, from the first call on.
     """
 
     def __init__(self) -> None:
-        self._reward: CDRReward | None = None
+        self.reward: CDRReward | None = None
         self._lock = threading.Lock()
 
     @property
@@ -60,10 +64,10 @@ class EnvironmentReward:
             ConfigError: `CDR_STRONG` or `CDR_WEAK` is not set, or a variable `CDR_...` is unknown or not allowed.
         """
         with self._lock:
-            if self._reward is None:
-                args = getattr(getattr(log_metric, "__self__", None), "args", None)  # GRPO's and RLOO's: the trainer
-                self._reward = CDRReward.from_config(read_environment(os.environ), args)
-        return self._reward(prompts, completions, completion_ids, log_metric=log_metric, **columns)
+            if self.reward is None:
+                args = getattr(_compat.trainer_behind(log_metric), "args", None)
+                self.reward = CDRReward.from_config(read_environment(os.environ), args)
+        return self.reward(prompts, completions, completion_ids, log_metric=log_metric, **columns)
 
 
 def read_environment(environment: Mapping[str, str]) -> CDRConfig:

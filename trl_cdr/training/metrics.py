@@ -35,6 +35,10 @@ class Call:
     seconds: float
 
 
+Sums = dict[str, tuple[float, float]]
+"""For each metric a total and what it counts, so that calls and processes of different sizes can be added up."""
+
+
 def call_metrics(call: Call) -> dict[str, float]:
     """
     Means and shares over a call. The same keys whatever it holds, so that every rank logs alike; 0 where nothing is
@@ -46,57 +50,81 @@ def call_metrics(call: Call) -> dict[str, float]:
         completions of one prompt, pairs with equal rewards) and `distinct_tokens` (of each completion's tokens), the
         `length_correlation` of reward and tokens, and `seconds`.
     """
+    return means(call_sums(call))
+
+
+def call_sums(call: Call) -> Sums:
+    """
+    The metrics of `call_metrics`, each with what it counts: scored completions, all of them, those with tokens, pairs
+    of a prompt, calls. A spread or a correlation, which can't be added up, counts as that of each of its completions.
+    """
     scored = [score for score in call.scores if score.value is not None]
     lengths = [float(score.n_tokens) for score in scored]
     rewards = [reward for reward, score in zip(call.rewards, call.scores, strict=True) if score.value is not None]
     said = [tokens[: score.n_tokens] for tokens, score in zip(call.tokens, call.scores, strict=True)]  # no padding
     typicalities = [score.typicality for score in scored if score.typicality is not None]
+    spread = statistics.pstdev([score.value or 0.0 for score in scored]) if scored else 0.0
     return {
-        "strong_logps": _mean([score.strong_logps for score in scored]),
-        "weak_logps": _mean([score.weak_logps for score in scored]),
-        "strong_logps_per_token": _mean([(score.strong_logps or 0.0) / score.n_tokens for score in scored]),
-        "log_ratio_std": statistics.pstdev([score.value or 0.0 for score in scored]) if scored else 0.0,
-        "tokens": _mean(lengths),
-        "typicality": _mean([value for value in typicalities if math.isfinite(value)]),
-        "truncated": _mean([score.truncated for score in call.scores]),
-        "unscorable": _mean([score.error is not None for score in call.scores]),
-        "gated": _mean([score.gated for score in call.scores]),
-        "ties": _tie_share(call.prompts, call.rewards),
-        "distinct_tokens": _mean([len(set(tokens)) / len(tokens) for tokens in said if len(tokens)]),
+        "strong_logps": _sum([score.strong_logps for score in scored]),
+        "weak_logps": _sum([score.weak_logps for score in scored]),
+        "strong_logps_per_token": _sum([(score.strong_logps or 0.0) / score.n_tokens for score in scored]),
+        "log_ratio_std": (spread * len(scored), len(scored)),
+        "tokens": _sum(lengths),
+        "typicality": _sum([value for value in typicalities if math.isfinite(value)]),
+        "truncated": _sum([score.truncated for score in call.scores]),
+        "unscorable": _sum([score.error is not None for score in call.scores]),
+        "gated": _sum([score.gated for score in call.scores]),
+        "ties": _ties(call.prompts, call.rewards),
+        "distinct_tokens": _sum([len(set(tokens)) / len(tokens) for tokens in said if len(tokens)]),
         "length_correlation": _correlation([reward or 0.0 for reward in rewards], lengths),
-        "seconds": call.seconds,
+        "seconds": (call.seconds, 1),
     }
 
 
-def domain_sums(call: Call) -> dict[str, tuple[float, int]]:
+def domain_sums(call: Call) -> Sums:
     """For each domain of a call the sum of its rewards and their number; rows without either are left out."""
-    sums: dict[str, tuple[float, int]] = {}
+    sums: Sums = {}
     for score, reward in zip(call.scores, call.rewards, strict=True):
         if score.domain is not None and score.value is not None and reward is not None:
-            total, count = sums.get(score.domain, (0.0, 0))
-            sums[score.domain] = (total + reward, count + 1)
+            sums = add_sums(sums, {score.domain: (reward, 1)})
     return sums
 
 
-def _mean(values: Sequence[Any]) -> float:
-    return float(sum(values)) / len(values) if values else 0.0
+def add_sums(*parts: Sums) -> Sums:
+    """The sums of all parts together; a key need not be in each."""
+    added: Sums = {}
+    for part in parts:
+        for key, (total, count) in part.items():
+            before = added.get(key, (0.0, 0))
+            added[key] = (before[0] + total, before[1] + count)
+    return added
 
 
-def _tie_share(prompts: Sequence[Prompt], rewards: Sequence[float | None]) -> float:
-    """Of all pairs of completions to one prompt, the share whose rewards are equal."""
-    groups: dict[str, list[float | None]] = defaultdict(list)
+def means(sums: Sums) -> dict[str, float]:
+    """What each metric is on average; 0 where nothing was counted."""
+    return {key: total / count if count else 0.0 for key, (total, count) in sums.items()}
+
+
+def _sum(values: Sequence[Any]) -> tuple[float, float]:
+    return float(sum(values)), len(values)
+
+
+def _ties(prompts: Sequence[Prompt], rewards: Sequence[float | None]) -> tuple[float, float]:
+    """Pairs of completions to one prompt whose rewards are equal, and those that have rewards."""
+    groups: dict[str, list[float]] = defaultdict(list)
     for prompt, reward in zip(prompts, rewards, strict=True):
-        groups[repr(prompt)].append(reward)
+        if reward is not None:
+            groups[repr(prompt)].append(reward)
     pairs = ties = 0
     for values in groups.values():
         for index, value in enumerate(values):
             pairs += index
             ties += sum(other == value for other in values[:index])
-    return ties / pairs if pairs else 0.0
+    return ties, pairs
 
 
-def _correlation(left: Sequence[float], right: Sequence[float]) -> float:
-    """Pearson's, or 0 where one side does not vary."""
+def _correlation(left: Sequence[float], right: Sequence[float]) -> tuple[float, float]:
+    """Pearson's; nothing is known where one side does not vary."""
     if len(set(left)) < 2 or len(set(right)) < 2:
-        return 0.0
-    return statistics.correlation(left, right)
+        return 0.0, 0
+    return statistics.correlation(left, right) * len(left), len(left)

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .. import _compat
 from ..conditioning.criteria import Criteria
 from ..config import CDRConfig
 from ..errors import ConfigError, UnscorableError
@@ -17,7 +19,9 @@ from ..scoring.encoding import Message, Prompt
 from ..scoring.ratio import gate
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
+from .checks import check_domains, check_name, trainer_datasets
 from .metrics import Call, call_metrics
+from .provenance import ProvenanceCallback
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +97,7 @@ class CDRReward:
                 f"criteria has several domains ({domains}), and nothing selects one. Pass router or domain."
             )
         self._observers: list[Callable[[Call], None]] = []
+        self._met: weakref.ref[Any] | None = None
         # TRL < 1.9 reads __name__ unguarded, and every version shows it in its logs (trl#6313).
         self.__name__ = f"{self.config.cdr_name}_reward"
 
@@ -136,23 +141,26 @@ class CDRReward:
             **columns: What else the trainer hands over. `router="column:NAME"` reads the domains from here.
 
         Returns:
-            `list[float | None]`: one finite reward for each completion, in nats; `None` only where
-            `cdr_on_unscorable="none"` asks for it.
+            `list[float | None]`: one finite reward for each completion, in nats; `None` for one that can't be scored,
+            where `cdr_on_unscorable="none"` asks for it, or `"auto"` knows from `log_metric` that the trainer leaves
+            such a completion out: `OnlinePreferenceTrainer`, and GRPO and RLOO from TRL 1.6 without a second reward
+            function. Every other caller gets the floor: a trainer that is not known can't be told from you.
 
         Raises:
             UnscorableError: a row can't be scored and `cdr_on_unscorable="raise"`.
-            InputError: the router's column is missing, and see `DensityRatioScorer.score`.
-            ConfigError, ModelError: see `DensityRatioScorer.score`.
+            InputError: the router's column is missing, or the data set of GRPO or RLOO names an unknown domain in it;
+                see also `DensityRatioScorer.score`.
+            ConfigError: another reward of GRPO or RLOO has this name; see also `DensityRatioScorer.score`.
+            ModelError: see `DensityRatioScorer.score`.
         """
-        # GRPO and RLOO hand over a bound method of the trainer, the one way to its tokenizer that a callable has.
-        policy_tokenizer = getattr(getattr(log_metric, "__self__", None), "processing_class", None)
-        if policy_tokenizer is not None:
-            self.scorer.use_policy_tokenizer(policy_tokenizer)
+        trainer = _compat.trainer_behind(log_metric)
+        if trainer is not None:
+            self._meet(trainer)
         started = time.perf_counter()
         domains = None if self.scorer.router is None else self.scorer.router.read_column(columns)
         scores = self.scorer.score(prompts, completions, completion_ids=completion_ids, domains=domains)
         self._warn(scores)
-        rewards = rewards_from_scores(scores, on_unscorable=self.config.cdr_on_unscorable)
+        rewards = rewards_from_scores(scores, on_unscorable=self._on_unscorable(trainer))
         if scores and (log_metric is not None or log_extra is not None or self._observers):
             tokens = completion_ids if completion_ids is not None else [str(said).split() for said in completions]
             call = Call(prompts, completions, list(tokens), scores, rewards, time.perf_counter() - started)
@@ -163,6 +171,28 @@ class CDRReward:
         """Have every later call handed to `observer`. Observers are not pickled."""
         if observer not in self._observers:
             self._observers.append(observer)
+
+    def _meet(self, trainer: Any) -> None:
+        """Once for each trainer, on every process: check what it brings, learn its tokenizer, leave the record."""
+        if self._met is not None and self._met() is trainer:
+            return
+        check_name(self.__name__, trainer)
+        check_domains(self.scorer.router, trainer_datasets(trainer))
+        self.scorer.use_policy_tokenizer(trainer.processing_class)
+        keepers = [one for one in trainer.callback_handler.callbacks if isinstance(one, ProvenanceCallback)]
+        if not keepers:
+            keepers.append(ProvenanceCallback(self))
+            trainer.add_callback(keepers[0])
+        keepers[0].join(trainer)
+        self._met = weakref.ref(trainer)
+
+    def _on_unscorable(self, trainer: Any) -> str:
+        """`cdr_on_unscorable`, decided for this trainer (None where it is not known)."""
+        if self.config.cdr_on_unscorable != "auto":
+            return self.config.cdr_on_unscorable
+        # A function that calls this one may not expect None.
+        is_asked = any(getattr(function, "reward", function) is self for function in _compat.reward_functions(trainer))
+        return "none" if is_asked and _compat.skips_missing_rewards(trainer) else "floor"
 
     def _report(self, call: Call, log_metric: Any, log_extra: Any) -> None:
         name = self.config.cdr_name
@@ -190,7 +220,7 @@ class CDRReward:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_observers": []}
+        return {**self.__dict__, "_observers": [], "_met": None}
 
 
 def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str) -> list[float | None]:
@@ -200,8 +230,8 @@ def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str) -> list[
     Args:
         scores (`Sequence[Score]`): One call's.
         on_unscorable (`str`): For a row without a value. `"floor"`: the worst finite reward of the call minus 1 nat, or
-            -1 where there is none. Online DPO reads a missing reward as 0, which would win against honest negative
-            log-ratios. `"none"`: `None`. `"raise"`: stop.
+            -1 where there is none, for trainers that read a missing reward as 0, which would win against honest
+            negative log-ratios. The row is then the one to be rejected. `"none"`: `None`. `"raise"`: stop.
 
     Raises:
         UnscorableError: a row has no value and `on_unscorable="raise"`.

@@ -1,0 +1,142 @@
+"""What labelled, beside whatever a trainer writes: a file in its folders and a section in its model cards.
+
+`reward` adds it to GRPO and RLOO by itself, `callback` to every trainer. Touches no model.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from .. import _compat
+
+if TYPE_CHECKING:
+    from .reward import CDRReward
+
+PROVENANCE = "cdr_labeling.json"
+
+
+class ProvenanceCallback(TrainerCallback):  # type: ignore[misc]
+    """
+    Writes `cdr_labeling.json` into the output folder when training begins, so that the final model has it, saved or
+    pushed, and into every checkpoint; once it has joined a trainer, also into other folders that the model is saved to,
+    and a section into the model cards.
+
+    Args:
+        reward (`CDRReward`): What labels; of a trainer that it has joined, all such rewards are recorded.
+    """
+
+    def __init__(self, reward: "CDRReward") -> None:
+        self.reward = reward
+        self._joined: Any = None
+
+    def join(self, trainer: Any) -> None:
+        """Record all rewards of a trainer from now on, wherever it saves the model and in its model cards."""
+        if self._joined is trainer:
+            return
+        self._joined = trainer
+        home = Path(trainer.args.output_dir)
+        if trainer.is_world_process_zero():
+            self._write(home)
+        # No event comes between a save, or a card, and its upload, and none tells of a model saved elsewhere.
+        save, write = trainer.save_model, trainer.create_model_card
+
+        @functools.wraps(save)
+        def save_model(output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+            if trainer.args.should_save:
+                self._write(home if output_dir is None else Path(output_dir))
+            save(output_dir, *args, **kwargs)
+
+        @functools.wraps(write)
+        def create_model_card(*args: Any, **kwargs: Any) -> None:
+            write(*args, **kwargs)
+            if trainer.is_world_process_zero():
+                self._describe(home / "README.md")
+
+        trainer.save_model, trainer.create_model_card = save_model, create_model_card
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        if state.is_world_process_zero:
+            self._write(Path(args.output_dir))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        if state.is_world_process_zero:
+            self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def _records(self) -> list[dict[str, Any]]:
+        functions = [getattr(function, "reward", function) for function in _compat.reward_functions(self._joined)]
+        rewards = [function for function in functions if hasattr(function, "scorer")]
+        return [provenance(reward) for reward in (rewards if self.reward in rewards else [self.reward, *rewards])]
+
+    def _write(self, folder: Path) -> None:
+        first, *others = self._records()
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(first | ({"others": others} if others else {}), indent=2)
+        (folder / PROVENANCE).write_text(text + "\n", encoding="utf-8")
+
+    def _describe(self, card: Path) -> None:
+        section = labelling_section(self._records(), trainer=type(self._joined).__name__, loss=_loss(self._joined.args))
+        text = card.read_text(encoding="utf-8")
+        if section not in text:
+            card.write_text(f"{text.rstrip()}\n\n{section}", encoding="utf-8")
+
+
+def provenance(reward: "CDRReward") -> dict[str, Any]:
+    """What labelled: the reward's options, the revisions that its models were loaded at, its criteria, the versions."""
+    criteria = reward.scorer.criteria
+    described = reward.scorer.describe()
+    return {
+        "name": reward.__name__,
+        "config": asdict(reward.config),
+        "models": {
+            role: {key: described[role][key] for key in ("name", "revision", "dtype", "way")}
+            for role in ("strong", "weak")
+        },
+        "criteria_sha256": None if criteria is None else criteria.digest,
+        "versions": _compat.versions(),
+    }
+
+
+def labelling_section(records: Sequence[dict[str, Any]], *, trainer: str, loss: str | None) -> str:
+    """
+    The section of a model card that says how the model was labelled, in Markdown.
+
+    Args:
+        records (`Sequence[dict]`): What `provenance` says of each reward.
+        trainer (`str`): The trainer's class.
+        loss (`str`, *optional*): The name of its loss.
+    """
+    rows: dict[str, list[str]] = {"strong": [], "weak": [], "gate": [], "criteria": []}
+    for record in records:
+        config, models = record["config"], record["models"]
+        for role in ("strong", "weak"):
+            revision = models[role]["revision"]
+            rows[role].append(f"`{models[role]['name']}`" + (f", revision `{revision}`" if revision else ""))
+        gate = config["cdr_typicality"]
+        rows["gate"].append("none: the plain ratio" if gate == float("inf") else f"typicality {gate}")
+        criteria = "none"
+        if record["criteria_sha256"] is not None:
+            rule = config["cdr_router"] or config["cdr_domain"]
+            digest = record["criteria_sha256"][:12]
+            criteria = f"`{config['cdr_criteria']}` (SHA-256 `{digest}`)" + (f", domain: `{rule}`" if rule else "")
+        rows["criteria"].append(criteria)
+    names = " | ".join(f"`{record['name']}`" for record in records)
+    table = "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())
+    return (
+        "## How it was labelled\n\n"
+        f"`{trainer}`{f' (loss `{loss}`)' if loss else ''} learnt from labels that trl-cdr "
+        f"{records[0]['versions']['trl-cdr']} computed inside the training step: the log-density ratio of a strong "
+        "over a weak model ([arXiv 2411.02481](https://arxiv.org/abs/2411.02481)). All options are in "
+        f"`{PROVENANCE}`.\n\n"
+        f"| | {names} |\n|---|{'---|' * len(records)}\n{table}\n"
+    )
+
+
+def _loss(args: Any) -> str | None:
+    """What training arguments call their loss: `OnlinePreferenceConfig`'s, else TRL's."""
+    loss = getattr(args, "preference_loss", None) or getattr(args, "loss_type", None)
+    return None if loss is None else str(loss)
