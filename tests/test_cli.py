@@ -226,3 +226,19 @@ def test_doctor(checkpoints, capsys, tmp_path):
     assert "every row encoded once" in printed
     assert "MB more at work, kept prefixes" in printed
     assert "unknown arguments: foo" in fails(capsys, ["doctor", "--foo", "--cdr_strong", "a", "--cdr_weak", "b"])
+
+
+def test_score_looks_for_the_routers_column_first(checkpoints, tmp_path, capsys):
+    """In all rows, not batch by batch: a row without a domain has its reason."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b", "kind": "safety"}\n')
+    arguments = ["score", "--input", str(rows), "--output_dir", str(tmp_path / "out"), "--batch_size", "1"]
+    for role, folder in checkpoints.items():
+        arguments += [f"--cdr_{role}", folder]
+    err = fails(capsys, [*arguments, "--cdr_criteria", "safety", "--cdr_router", "column:topic"])
+    assert "router is 'column:topic', and input " in err
+    assert not (tmp_path / "out").exists()
+    main([*arguments, "--cdr_criteria", "safety", "--cdr_router", "column:kind"])
+    lines = [json.loads(line)["score"] for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
+    assert [line["domain"] for line in lines] == [None, "safety"]
+    assert lines[0]["error"]

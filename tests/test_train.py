@@ -258,7 +258,7 @@ def test_what_is_refused_before_anything_is_read(change, message, options, refus
         ({"dataset_name": "no-such/data"}, "dataset_name is 'no-such/data', which can't be read"),
         ({"dataset_train_split": "train_sft"}, "has no split 'train_sft', but train. Pass dataset_train_split"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "has no split 'test', but train"),
-        ({"cdr_criteria": "safety", "cdr_router": "column:kind"}, "has no column 'kind', which cdr_router reads; its"),
+        ({"cdr_criteria": "safety", "cdr_router": "column:kind"}, "split 'train', has only: prompt"),
         ({}, "strong is "),  # the pair's weights, which are not there
     ],
 )
@@ -408,17 +408,6 @@ def test_what_has_no_prompts(tmp_path):
         load_prompts(ScriptArguments(dataset_name=str(tmp_path / "broken.jsonl")), splits=["train"])
     with pytest.raises(ConfigError, match="dataset_name is missing"):
         load_prompts(ScriptArguments(), splits=["train"])
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_the_columns_that_routers_read(tmp_path, streaming):
-    name = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "kind": "b"}])
-    arguments = ScriptArguments(dataset_name=name, dataset_streaming=streaming)
-    load_prompts(arguments, splits=["train"], columns=["kind"])
-    with pytest.raises(
-        InputError, match="split 'train', has no column 'topic', .* its columns are: prompt, kind. Add it"
-    ):
-        load_prompts(arguments, splits=["train"], columns=["kind", "topic"])
 
 
 def launch(command, tmp_path, settings):

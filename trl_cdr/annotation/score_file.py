@@ -72,6 +72,8 @@ def score_file(arguments: ScoreArguments, config: CDRConfig) -> dict[str, Any]:
     rows = _read_rows(Path(arguments.input))
     folder = Path(arguments.output_dir)
     scorer = DensityRatioScorer.from_config(config)
+    if scorer.router is not None and rows:
+        scorer.router.check_column({name for row in rows for name in row}, where=f"input {arguments.input!r}")
     started = time.perf_counter()
     with hold(folder):
         done = read_done(folder / "scores.jsonl", rows, fields={*_SHOWN}, batch_size=arguments.batch_size)
@@ -129,8 +131,8 @@ def _finite(value: float | None) -> float | None:
 
 
 def _score_rows(scorer: DensityRatioScorer, rows: list[dict[str, Any]]) -> list[Score]:
-    columns = {name: [row.get(name) for row in rows] for name in {name for row in rows for name in row}}
-    domains = None if scorer.router is None else scorer.router.read_column(columns)
+    column = None if scorer.router is None else scorer.router.column
+    domains = None if column is None else [row.get(column) for row in rows]
     return scorer.score(
         [row["prompt"] for row in rows],
         [row["completion"] for row in rows],

@@ -16,9 +16,9 @@ from ..errors import ConfigError, InputError
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_prompts(arguments: ScriptArguments, *, splits: Sequence[str], columns: Sequence[str] = ()) -> list[Any]:
+def load_prompts(arguments: ScriptArguments, *, splits: Sequence[str]) -> list[Any]:
     """
-    Load splits of a data set and see that each has prompts, and the columns that routers read.
+    Load splits of a data set and see that each has prompts.
 
     Rows of preference data (`chosen`, `rejected`) lose their completions, and where the prompt is the turns that both
     begin with, these become `prompt`. Of a conversation (`messages`) the prompt is what stands before the last
@@ -29,14 +29,13 @@ def load_prompts(arguments: ScriptArguments, *, splits: Sequence[str], columns: 
             `save_to_disk`) or a .jsonl, .json, .csv or .parquet file, which is all one split, `train`;
             `dataset_config` and `dataset_streaming` are `load_dataset`'s.
         splits (`Sequence[str]`): Which, in the order wanted.
-        columns (`Sequence[str]`, *optional*): Further columns that each must have.
 
     Returns:
         `list[Dataset | IterableDataset]`: as many as `splits`.
 
     Raises:
         ConfigError: the data set is not named, or has no such split.
-        InputError: it can't be read, has no prompts, or lacks a column.
+        InputError: it can't be read, or has no prompts.
     """
     name = arguments.dataset_name
     if not name:
@@ -55,8 +54,6 @@ def load_prompts(arguments: ScriptArguments, *, splits: Sequence[str], columns: 
                 f"{name!r} has no split {split!r}, but {', '.join(found)}. Pass dataset_train_split, and for "
                 "evaluation dataset_test_split."
             )
-    for split in splits:
-        _check_columns(found[split], columns, f"{name!r}, split {split!r},")
     return [_with_prompts(found[split], f"{name!r}, split {split!r},") for split in splits]
 
 
@@ -76,22 +73,8 @@ def _load(name: str, arguments: ScriptArguments) -> Mapping[str, Any]:
     )
 
 
-def _column_names(dataset: Any) -> list[str]:
-    return dataset.column_names or list(next(iter(dataset), {}))  # a streamed data set may not know its columns
-
-
-def _check_columns(dataset: Any, columns: Sequence[str], where: str) -> None:
-    known = _column_names(dataset) if columns else []
-    for column in columns:
-        if column not in known:
-            raise InputError(
-                f"{where} has no column {column!r}, which cdr_router reads; its columns are: {', '.join(known)}. Add "
-                "it, or pass another cdr_router."
-            )
-
-
 def _with_prompts(dataset: Any, where: str) -> Any:
-    columns = _column_names(dataset)
+    columns = dataset.column_names or list(next(iter(dataset), {}))  # a streamed data set may not know its columns
     if {"chosen", "rejected"} <= set(columns):
         return dataset.map(maybe_extract_prompt).remove_columns(["chosen", "rejected"])
     if "prompt" in columns:

@@ -6,7 +6,7 @@ it. Nothing of the method is here.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -17,12 +17,12 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .._compat import end_training, trust_remote_code
-from ..conditioning.router import COLUMN
 from ..config import CDRConfig
 from ..errors import CDRError, ConfigError
 from ..scoring.checkpoint import read_config, weights_mb
 from ..scoring.pair import load_tokenizer
 from .callback import CDRCallback
+from .checks import check_domains
 from .prompts import load_prompts
 from .reward import CDRReward
 from .reward_functions import make_rewards
@@ -141,7 +141,10 @@ def train(
     _check_models(cdr_args, policy, model_args.model_revision, trust_remote_code(training_args, model_args))
     splits = [script_args.dataset_train_split, *([script_args.dataset_test_split] if is_evaluated else [])]
     with training_args.main_process_first(desc="load the prompts"):
-        datasets = load_prompts(script_args, splits=splits, columns=_read_columns(objectives))
+        datasets = load_prompts(script_args, splits=splits)
+    places = [f"dataset_name {script_args.dataset_name!r}, split {split!r}," for split in splits]
+    for reward in objectives:
+        check_domains(reward.scorer.router, dict(zip(places, datasets, strict=True)))
 
     _say(f"loading the pair: strong {_with_size(cdr_args.cdr_strong)}, weak {_with_size(cdr_args.cdr_weak)}")
     objectives[0].scorer.load()
@@ -213,12 +216,6 @@ def _check_models(cdr_args: CDRConfig, policy: str, policy_revision: str, policy
         revision=policy_revision,
         init_kwargs={"trust_remote_code": policy_brings_code},
     )
-
-
-def _read_columns(objectives: Sequence[CDRReward]) -> list[str]:
-    """The columns of the data set that routers read."""
-    routers = [reward.config.cdr_router or "" for reward in objectives]
-    return [router.removeprefix(COLUMN).strip() for router in routers if router.startswith(COLUMN)]
 
 
 def _say(text: str) -> None:
