@@ -154,13 +154,13 @@ def test_a_pair_with_revisions():
     record = {
         "name": "cdr_reward",
         "config": {"cdr_typicality": 2.0, "cdr_criteria": "safety", "cdr_router": None, "cdr_domain": "safety"},
-        "models": {"strong": {"name": "a/b", "revision": "c0ffee"}, "weak": {"name": "a/c", "revision": None}},
+        "models": {"strong": {"name": "a/b", "weights": "commit c0ffee"}, "weak": {"name": "a/c", "weights": None}},
         "criteria_sha256": "0123456789abcdef",
         "versions": {"trl-cdr": "1.2.3"},
     }
     section = labelling_section([record], trainer="GRPOTrainer", loss="dapo")
     assert "`GRPOTrainer` (loss `dapo`) learnt from labels that trl-cdr 1.2.3 computed" in section
-    assert "| strong | `a/b`, revision `c0ffee` |\n| weak | `a/c` |\n| gate | typicality 2.0 |\n" in section
+    assert "| strong | `a/b`, commit c0ffee |\n| weak | `a/c` |\n| gate | typicality 2.0 |\n" in section
     assert "| criteria | `safety` (SHA-256 `0123456789ab`), domain: `safety` |\n" in section
     plain = record | {"criteria_sha256": None}
     assert "| criteria | none |" in labelling_section([plain], trainer="RLOOTrainer", loss=None)

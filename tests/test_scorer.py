@@ -13,6 +13,7 @@ from tiny import BRACKETS, CHATML, answer, byte_tokenizer, chat, llama
 
 from trl_cdr import ConfigError, DensityRatioScorer, InputError, ModelError, Score
 from trl_cdr.scoring.causal_lm import CausalLM
+from trl_cdr.scoring.checkpoint import identify_weights
 from trl_cdr.scoring.encoding import Encoder
 
 WORDS = [
@@ -501,6 +502,12 @@ def test_describe(strong, weak, tokenizer):
     assert told["strong"]["way"] == "packed"
     assert told["weak"]["max_length"] == 256
     assert (told["shares_vocabulary"], told["reads_alike"]) == (True, True)
+
+
+def test_describe_says_which_weights_were_loaded(checkpoints, weak, tokenizer):
+    told = DensityRatioScorer(checkpoints["strong"], weak, weak_tokenizer=tokenizer).describe()
+    assert told["strong"]["weights"] == identify_weights(checkpoints["strong"], "strong")
+    assert told["weak"]["weights"] is None
 
 
 def test_equal_rows_are_run_once(strong, weak, tokenizer, monkeypatch):

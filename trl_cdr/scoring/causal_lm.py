@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..errors import ModelError
+from .checkpoint import identify_weights
 from .forward import Decoder, Job, OwnLogits, Padded, Way
 from .load_check import FAILURES, LoadCheck, ignores_positions, short_windows
 from .loading import load_model, refuse_encoder_decoder
@@ -70,6 +71,7 @@ class CausalLM:
         self._reason = ""
         self._prefix_cache_tokens = prefix_cache_tokens
         self._seed = seed
+        self._weights: str | None = None  # which they are; of modules that the caller holds nobody knows
         self._most_tokens: int | None = None  # of a forward, since one ran out of memory
 
     @classmethod
@@ -100,7 +102,9 @@ class CausalLM:
             ModelError: nothing can be loaded from there, an encoder-decoder, or weights that the checkpoint lacks.
         """
         model = load_model(name, role, revision=revision, dtype=dtype, device=device, init_kwargs=init_kwargs)
-        return cls(model, role, **kwargs)
+        lm = cls(model, role, **kwargs)
+        lm._weights = identify_weights(name, role, revision=revision, init_kwargs=init_kwargs)
+        return lm
 
     @property
     def name(self) -> str:
@@ -183,7 +187,7 @@ class CausalLM:
         parameters = list(self.model.parameters())
         return {
             "name": self.name,
-            "revision": getattr(self._config, "_commit_hash", None),
+            "weights": self._weights,
             "architecture": type(self.model).__name__,
             "parameters": sum(parameter.numel() for parameter in parameters),
             "weights_mb": sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,

@@ -296,9 +296,10 @@ class DensityRatioScorer:
         Load and check the pair, and tell how it will run.
 
         Returns:
-            `dict`: `strong` and `weak` (each `name`, `revision`, `architecture`, `parameters`, `weights_mb`, `dtype`,
+            `dict`: `strong` and `weak` (each `name`, `weights`, `architecture`, `parameters`, `weights_mb`, `dtype`,
             `device`, `prefix_mb`, `work_mb`, `attention`, `way`, `reason`, `max_length` in tokens, `end_of_turn`,
-            `chat_template`), `shares_vocabulary` and `reads_alike`. MB are 2**20 bytes; `prefix_mb` is the most that
+            `chat_template`), `shares_vocabulary` and `reads_alike`. `weights` is the commit on the Hub or a hash of the
+            folder, `None` for models that were passed as objects. MB are 2**20 bytes; `prefix_mb` is the most that
             `cdr_prefix_cache_tokens` allows, `work_mb` an estimate for a forward of `cdr_token_budget`.
 
         Raises:

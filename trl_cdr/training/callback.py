@@ -30,7 +30,7 @@ class CDRCallback(ProvenanceCallback):
     - In online DPO logs the reward's metrics (`<name>/...`, see `call_metrics`), which GRPO and RLOO log by themselves.
     - With `trainer`, in every trainer, logs the mean reward of each domain (`<name>/rewards/<domain>`) and
       `<name>/step_share`, the share of the time since the last log that went into labelling.
-    - Writes `cdr_labeling.json` into the output folder and every checkpoint: options, revisions, a hash of the
+    - Writes `cdr_labeling.json` into the output folder and every checkpoint: options, weights, a hash of the
       criteria, versions. With `trainer`, model cards say it too.
 
     What is logged reaches `state.log_history` and every reporting integration: means over what was counted since the

@@ -86,14 +86,14 @@ class ProvenanceCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def provenance(reward: "CDRReward") -> dict[str, Any]:
-    """What labelled: the reward's options, the revisions that its models were loaded at, its criteria, the versions."""
+    """What labelled: the reward's options, which weights its models had, its criteria, the versions."""
     criteria = reward.scorer.criteria
     described = reward.scorer.describe()
     return {
         "name": reward.__name__,
         "config": asdict(reward.config),
         "models": {
-            role: {key: described[role][key] for key in ("name", "revision", "dtype", "way")}
+            role: {key: described[role][key] for key in ("name", "weights", "dtype", "way")}
             for role in ("strong", "weak")
         },
         "criteria_sha256": None if criteria is None else criteria.digest,
@@ -114,8 +114,8 @@ def labelling_section(records: Sequence[dict[str, Any]], *, trainer: str, loss: 
     for record in records:
         config, models = record["config"], record["models"]
         for role in ("strong", "weak"):
-            revision = models[role]["revision"]
-            rows[role].append(f"`{models[role]['name']}`" + (f", revision `{revision}`" if revision else ""))
+            weights = models[role]["weights"]
+            rows[role].append(f"`{models[role]['name']}`" + (f", {weights[:60]}" if weights else ""))
         gate = config["cdr_typicality"]
         rows["gate"].append("none: the plain ratio" if gate == float("inf") else f"typicality {gate}")
         criteria = "none"
