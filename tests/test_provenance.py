@@ -91,7 +91,7 @@ def test_the_final_models_folder_and_card(name, has_callback, tmp_path, reward, 
     losses = {"online_dpo": "sigmoid", "online_preference": "simpo", "rloo": None}
     loss = losses.get(name, getattr(trainer.args, "loss_type", None))
     assert f"`{type(trainer).__name__}`{f' (loss `{loss}`)' if loss else ''} learnt from labels" in card
-    assert f"| strong | `{checkpoints['strong']}` |" in card
+    assert f"| strong | `{checkpoints['strong']}`, sha256 " in card
     assert f"(SHA-256 `{CRITERIA.digest[:12]}`), domain: `column:kind` |" in card
 
 
