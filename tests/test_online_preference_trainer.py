@@ -517,16 +517,19 @@ def test_the_evaluation_loss_is_a_mean_over_the_pairs_that_are_used(loss, batch_
     found = trainer.evaluate()
     model = AutoModelForCausalLM.from_pretrained(policy).eval()
     losses, pairs = [], 0
-    for inputs, *_ in trainer.batches:
+    for inputs, of_batch, _ in trainer.batches:
         used = {name: value[inputs["weights"] > 0] for name, value in inputs.items()}
         pairs += len(inputs["weights"])
         if not len(used["weights"]):
+            assert math.isnan(of_batch)
             continue
         sums, counts = pair_logps(model, used)
         if loss == "simpo":
-            losses += simpo_loss(*(sums / counts).unbind(1), beta=2.0, gamma=1.0).tolist()
+            found_here = simpo_loss(*(sums / counts).unbind(1), beta=2.0, gamma=1.0).tolist()
         else:
-            losses += [math.log(2)] * len(sums)  # the policy is its reference
+            found_here = [math.log(2)] * len(sums)  # the policy is its reference
+        assert of_batch == pytest.approx(sum(found_here) / len(found_here), abs=1e-5)
+        losses += found_here
     assert 0 < len(losses) < pairs
     assert found["eval_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     assert logs_of(trainer, "eval_loss")[0]["eval_loss"] == found["eval_loss"]

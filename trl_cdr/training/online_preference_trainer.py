@@ -287,7 +287,8 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         }
         if self._fuses_head:
             labels = torch.cat([torch.full_like(prompt_ids, -100), ids.masked_fill(counted == 0, -100)], dim=1)
-            output = model(**rows, labels=labels, fused_lm_head=True)
+            with self.accelerator.autocast():  # the reference's own was left behind with its forward
+                output = model(**rows, labels=labels, fused_lm_head=True)
             found = TokenLogps(output.log_probs[:, -length:], output.entropy[:, -length:].detach())
         else:
             options = {"logits_to_keep": length + 1} if self._keeps_logits else {}
