@@ -422,6 +422,18 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, policy, tokenizer):
         torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-6)
 
 
+def test_a_policy_that_can_only_give_all_its_logits(tmp_path, policy, tokenizer):
+    weights = []
+    for keeps in (True, False):
+        trainer = make(tmp_path, policy, tokenizer)
+        assert trainer._keeps_logits  # a Llama can leave out the prompt's
+        trainer._keeps_logits = keeps
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss", ["simpo", "dpo"])
 def test_peft(loss, tmp_path, policy, tokenizer):
     """The reference is the model without its adapter, or an earlier adapter's copy."""

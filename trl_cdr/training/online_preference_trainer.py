@@ -291,9 +291,12 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
                 output = model(**rows, labels=labels, fused_lm_head=True)
             found = TokenLogps(output.log_probs[:, -length:], output.entropy[:, -length:].detach())
         else:
-            options = {"logits_to_keep": length + 1} if self._keeps_logits else {}
             # From the logits before the completion, which predict its first token.
-            found = gather_logps(model(**rows, **options).logits[:, -length - 1 :], ids)
+            if self._keeps_logits:
+                logits = model(**rows, logits_to_keep=length + 1).logits
+            else:
+                logits = model(**rows).logits[:, -length - 1 :]  # whose gradient is a copy
+            found = gather_logps(logits, ids)
         return TokenLogps(*(each.view(-1, 2, length) for each in found))
 
     @contextlib.contextmanager
