@@ -33,7 +33,7 @@ if args.tiny:
     args.policy, args.strong, args.weak = (str(plain / name) for name in ("policy", "strong", "weak"))
     dataset = Dataset.from_list([{"prompt": world.conversation(task)} for task in world.TRAIN])
     settings = {"per_device_train_batch_size": 128, "learning_rate": 5e-4, "max_completion_length": MAX_NEW_TOKENS}
-    settings |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "sft_coef": 1.0}
+    settings |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
 else:
     dataset = load_dataset(args.dataset, split="train")
 

@@ -26,7 +26,10 @@ FLOORS = {
     "__main__": 7,
 }
 # Third-party modules and the rooms that may import them; what is not listed is free.
-ROOMS = {"trl": {"training", "cli", "demo", "_compat"}, "datasets": {"training", "annotation", "demo", "cli"}}
+ROOMS = {
+    "trl": {"training", "cli", "demo", "bench", "_compat"},
+    "datasets": {"training", "annotation", "demo", "bench", "cli"},
+}
 NO_TORCH = {"errors", "config", "conditioning"}
 
 

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
+from trl_cdr.bench.measure import MB, measure
+from trl_cdr.training import losses
 from trl_cdr.training.losses import dpo_loss, gather_logps, ipo_loss, simpo_loss
 
 pytestmark = [
@@ -48,14 +50,53 @@ def test_what_a_policy_that_is_its_reference_pays():
     assert ipo_loss(*logps.values(), **logps, beta=0.1).tolist() == pytest.approx([25.0] * 2)
 
 
+def naive(logits, ids):
+    """Log-probabilities and entropies in float64, with gradients."""
+    scores = logits[:, : ids.shape[1]].double().log_softmax(-1)
+    terms = torch.where(scores.isfinite(), scores.exp() * scores, 0)
+    return scores.gather(2, ids[..., None])[..., 0], -terms.sum(-1)
+
+
+@pytest.mark.parametrize("chunk", [1, 30, 2**23])  # logits: one position at a time, two, all
+@pytest.mark.parametrize("shape", [(1, 1, 2), (3, 5, 11), (2, 7, 13)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logps_of_tokens(dtype):
-    logits = torch.randn(3, 5, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
-    ids = torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(1))
-    found = gather_logps(logits, ids)
-    expected = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected)
+def test_logps_of_tokens(dtype, shape, chunk, monkeypatch):
+    """Values, entropies and gradients are the naive ones; what follows the last token has no part in them."""
+    monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", chunk)
+    rows, length, vocabulary = shape
+    draw = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(rows, length + 1, vocabulary, generator=draw)).to(dtype)
+    ids = torch.randint(vocabulary, (rows, length), generator=draw)
+    logits[0, 0, (ids[0, 0] + 1) % vocabulary] = -torch.inf  # as a model that masks part of its vocabulary
+    weights = torch.randn(rows, length, generator=draw)
+    before, leaves = logits.clone(), [logits.requires_grad_(), logits.detach().double().requires_grad_()]
+    found, (expected, entropies) = gather_logps(leaves[0], ids), naive(leaves[1], ids)
+    assert torch.equal(logits, before)
+    assert found.logps.dtype == torch.float32
+    assert not found.entropies.requires_grad
+    torch.testing.assert_close(found.logps.double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.entropies.double(), entropies.detach(), rtol=0, atol=1e-4)
+    (found.logps * weights).sum().backward()
+    (expected * weights).sum().backward()
+    gradient = leaves[0].grad
+    assert gradient.dtype == dtype
+    assert not gradient[:, length].any()
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(gradient.double(), leaves[1].grad, rtol=tolerance, atol=tolerance)
+
+
+def test_no_float32_copy_of_the_logits_is_kept(monkeypatch):
+    """Forward and backward together take one gradient in the logits' own type, and a few chunks."""
+    monkeypatch.setattr(losses, "_LOGITS_PER_CHUNK", 2**15)
+    logits = torch.randn(2, 129, 4096).bfloat16().requires_grad_()
+    ids = torch.randint(4096, (2, 128))
+
+    def run():
+        gather_logps(logits, ids).logps.sum().backward()
+
+    own = logits.numel() * logits.element_size() / MB
+    peak = measure({"run": run}, device="cpu", runs=0)["run"].peak_mb
+    assert own < peak < 1.5 * own
 
 
 @pytest.fixture
@@ -91,8 +132,8 @@ def test_simpo_is_trls(beta, gamma, smoothing, tmp_path, tokenizer, checkpoints,
     for name in ("chosen", "rejected"):
         sums, counts = sums_and_counts(model, batch[f"{name}_input_ids"], batch[f"{name}_labels"] != -100)
         means[f"{name}_logps"] = sums / counts
-    losses = simpo_loss(**means, beta=beta, gamma=gamma, label_smoothing=smoothing)
-    assert losses.mean().item() == pytest.approx(expected.item(), abs=1e-5)
+    found = simpo_loss(**means, beta=beta, gamma=gamma, label_smoothing=smoothing)
+    assert found.mean().item() == pytest.approx(expected.item(), abs=1e-5)
     assert means["chosen_logps"].mean().item() == pytest.approx(metrics["logps/chosen"], abs=1e-5)
 
 

@@ -59,7 +59,6 @@ def test_what_is_filled_in(given, preference_beta, gamma, beta):
         ({"beta": 0.0, "preference_loss": "dpo"}, "beta is 0.0"),
         ({"num_iterations": 2}, "num_iterations is 2: it belongs to GRPO's loss, which this trainer does not compute"),
         ({"loss_type": "grpo"}, "loss_type is 'grpo'"),
-        ({"mask_truncated_completions": True}, "mask_truncated_completions is True"),
         ({"vllm_importance_sampling_correction": True}, "vllm_importance_sampling_correction is True"),
         ({"num_generations": 1}, "num_generations is 1: a pair needs two completions. Use 2 or more"),
         ({"num_generations_eval": 1}, "num_generations_eval is 1: a pair needs two completions"),
@@ -70,6 +69,13 @@ def test_what_is_filled_in(given, preference_beta, gamma, beta):
         ),
         ({"num_generations": 8, "per_device_train_batch_size": 6}, "Pass 8, or another multiple of 8"),
         (
+            {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
+            "steps_per_generation is 4 and gradient_accumulation_steps 2: some updates would learn from completions of "
+            "a policy before the last update",
+        ),
+        ({"steps_per_generation": 2, "gradient_accumulation_steps": 3}, "Leave it out, or pass a divisor of 3"),
+        ({"generation_batch_size": 16}, "steps_per_generation is 2 and gradient_accumulation_steps 1"),
+        (
             {"num_generations_eval": 3, "eval_strategy": "steps", "eval_steps": 1},
             "per_device_eval_batch_size is 8, and a group has 3 completions",
         ),
@@ -79,6 +85,32 @@ def test_what_is_refused(given, message):
     with pytest.raises(ConfigError) as error:
         config(**given)
     assert message in str(error.value)
+
+
+def test_generations_that_are_used_up_by_one_update_are_taken():
+    made = config(steps_per_generation=2, gradient_accumulation_steps=4)
+    assert made.steps_per_generation == 2
+    assert config(gradient_accumulation_steps=3).steps_per_generation == 3
+
+
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (None, None)),
+        (BEST, ("eval_reward", True)),
+        ({**BEST, "load_best_model_at_end": False, "save_strategy": "best"}, ("eval_reward", True)),
+        ({**BEST, "metric_for_best_model": "loss"}, ("loss", False)),
+        ({**BEST, "metric_for_best_model": "eval_pairs/used"}, ("eval_pairs/used", True)),
+        ({**BEST, "greater_is_better": False}, ("loss", False)),
+        ({**BEST, "lr_scheduler_type": "reduce_lr_on_plateau"}, ("loss", False)),
+    ],
+)
+def test_what_the_best_checkpoint_is_best_at(given, expected):
+    made = config(**given)
+    assert (made.metric_for_best_model, made.greater_is_better) == expected
 
 
 def test_every_field_of_grpos_loss_that_this_trl_has_is_known():

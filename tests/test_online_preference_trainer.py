@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from oracle import completion_logps
+from packaging.version import Version
 from tiny import TRAINING, chat, llama
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -35,7 +37,8 @@ COMMON = {
     "logging_steps": 1,
 }
 TRLS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"}
-OURS = {"used", "ties", "missing", "below_margin", "margin", "chosen_tokens", "rejected_tokens"}
+SHARES = ("used", "ties", "missing", "truncated", "below_margin")
+OURS = {*SHARES, "margin", "chosen_tokens", "rejected_tokens"}
 
 
 def length(prompts, completions, completion_ids, **kwargs):
@@ -53,6 +56,12 @@ class Recorder(OnlinePreferenceTrainer):
         weights = {name: weight.detach().clone() for name, weight in self.model.state_dict().items()}
         self.batches = [*self.batches, (inputs, loss.item(), weights)]
         return loss
+
+
+class Fused(Recorder):
+    """With TRL's fused head where a GPU would have it."""
+
+    _fused_devices = ("cpu",)
 
 
 def make(tmp_path, policy, tokenizer, reward=length, *, kind=Recorder, prompts=WORDS * 4, trainer=None, **options):
@@ -94,19 +103,38 @@ def pair_logps(model, inputs):
     return found[..., 0], found[..., 1]
 
 
+def entropy_of(model, inputs):
+    """Mean entropy at the tokens of all pairs, each completion run on its own."""
+    found = []
+    for prompt, mask, pair, marks in zip(
+        *(inputs[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "loss_mask")), strict=True
+    ):
+        for ids, kept in zip(pair, marks.bool(), strict=True):
+            row = torch.cat([prompt[mask.bool()], ids[kept]])[None]
+            with torch.no_grad():
+                logps = model(input_ids=row).logits[0, -int(kept.sum()) - 1 : -1].double().log_softmax(-1)
+            found.append(-(logps.exp() * logps).sum(-1))
+    return torch.cat(found).mean().item()
+
+
+@pytest.mark.parametrize("kind", [Recorder, Fused])
 @pytest.mark.parametrize("loss", ["simpo", "dpo", "ipo"])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_the_loss_is_that_of_the_best_and_the_worst(loss, temperature, tmp_path, policy, tokenizer):
+def test_the_loss_is_that_of_the_best_and_the_worst(loss, temperature, kind, tmp_path, policy, tokenizer):
     """Against each completion run on its own, with the policy as it was at that step; sampling's temperature is not the
     loss's."""
+    if kind is Fused and (_compat.fused_head() is None or Version(version("trl")).release < (1, 16)):
+        pytest.skip("no fused head, or one that fails on a CPU (TRL 1.15)")
+    smoothing = {} if loss == "ipo" else {"label_smoothing": 0.2}
     options = {"preference_loss": loss, "preference_beta": 0.7, "sft_coef": 0.3, "temperature": temperature}
+    options |= smoothing
     seen = []
 
     def reward(completion_ids, **kwargs):
         seen.append((completion_ids, rewards := length(None, None, completion_ids)))
         return rewards
 
-    trainer = make(tmp_path, policy, tokenizer, reward, **options)
+    trainer = make(tmp_path, policy, tokenizer, reward, kind=kind, **options)
     trainer.train()
     model, reference = (AutoModelForCausalLM.from_pretrained(policy).eval() for _ in range(2))
     assert len(trainer.batches) == len(seen) == 2
@@ -125,13 +153,17 @@ def test_the_loss_is_that_of_the_best_and_the_worst(loss, temperature, tmp_path,
         ref_sums, _ = pair_logps(reference, inputs)
         means = sums / counts
         if loss == "simpo":
-            losses, shown = simpo_loss(*means.unbind(1), beta=0.7, gamma=0.35), 0.7 * means
+            losses, shown = simpo_loss(*means.unbind(1), beta=0.7, gamma=0.35, **smoothing), 0.7 * means
         else:
             divisor = counts if loss == "ipo" else 1
             names = ("ref_chosen_logps", "ref_rejected_logps")
             kwargs = dict(zip(names, (ref_sums / divisor).unbind(1), strict=True))
+            kwargs |= smoothing
             losses = (ipo_loss if loss == "ipo" else dpo_loss)(*(sums / divisor).unbind(1), **kwargs, beta=0.7)
             shown = 0.7 * (sums - ref_sums)
+            assert log["kl"] == pytest.approx(((sums - ref_sums).sum() / counts.sum()).item(), abs=1e-5)
+        assert ("kl" in log) == (loss != "simpo")
+        assert log["entropy"] == pytest.approx(entropy_of(model, inputs), abs=1e-4)
         assert found == pytest.approx((losses - 0.3 * means[:, 0]).mean().item(), abs=1e-5)
         assert log["rewards/chosen"] == pytest.approx(shown[:, 0].mean().item(), abs=1e-4)
         assert log["rewards/margins"] == pytest.approx((shown[:, 0] - shown[:, 1]).mean().item(), abs=1e-4)
@@ -147,10 +179,14 @@ def test_metrics(tmp_path, policy, tokenizer, checkpoints):
     trainer.add_callback(CDRCallback(reward, trainer))
     trainer.train()
     found = trainer.evaluate()
-    expected = TRLS | {f"pairs/{name}" for name in OURS} | {"rewards/cdr_reward/mean", "reward", "cdr/log_ratio_std"}
+    expected = (
+        TRLS
+        | {f"pairs/{name}" for name in OURS}
+        | {"entropy", "rewards/cdr_reward/mean", "reward", "cdr/log_ratio_std"}
+    )
     for log in logs_of(trainer):
         assert expected <= set(log)
-        assert sum(log[f"pairs/{name}"] for name in ("used", "ties", "missing", "below_margin")) == pytest.approx(1)
+        assert sum(log[f"pairs/{name}"] for name in SHARES) == pytest.approx(1)
         assert log["pairs/margin"] > 0
         assert all(math.isfinite(log[name]) for name in expected)
     assert "eval_loss" in found
@@ -269,6 +305,16 @@ def test_a_random_other_is_drawn_anew_in_each_group(tmp_path, policy, tokenizer)
     assert 1.2 < margins[0] < 2.8  # of 1, 2 and 3, evenly; always the worst would be 3
 
 
+def test_a_random_other_is_drawn_anew_at_each_step(tmp_path, policy, tokenizer):
+    def reward(prompts, **kwargs):
+        return [float(index % 4) for index in range(len(prompts))]
+
+    trainer = make(tmp_path, policy, tokenizer, reward, per_device_train_batch_size=64, pair_strategy="best_random")
+    trainer.train()
+    first, second = (log["pairs/margin"] for log in logs_of(trainer))
+    assert first != second
+
+
 @pytest.mark.parametrize("loss", ["simpo", "dpo"])
 def test_accumulating_gradients(loss, tmp_path, policy, tokenizer):
     """Four times two pairs, or two times four, are eight; some have weight 0."""
@@ -292,14 +338,77 @@ def test_accumulating_gradients(loss, tmp_path, policy, tokenizer):
         )
         trainer.train()
         [first, _] = logs_of(trainer)
-        ends.append((first["loss"], first["grad_norm"], trainer.model.state_dict()))
+        counted = {name: value for name, value in first.items() if name in TRLS or name.startswith("pairs/")}
+        counted |= {name: first[name] for name in ("entropy", "kl") if name in first}
+        ends.append((first["loss"], first["grad_norm"], trainer.model.state_dict(), counted))
     before = AutoModelForCausalLM.from_pretrained(policy).state_dict()
     assert any((before[name] - weight).abs().max() > 1e-3 for name, weight in ends[0][2].items())
-    for loss, norm, weights in ends[1:]:
+    assert len(ends[0][3]) == (15 if loss == "simpo" else 16)
+    for loss, norm, weights, counted in ends[1:]:
+        assert counted == pytest.approx(ends[0][3], abs=1e-4)
         assert loss == pytest.approx(ends[0][0], abs=1e-4)  # transformers rounds it
         assert norm == pytest.approx(ends[0][1], rel=1e-4)
         for name, weight in weights.items():
             torch.testing.assert_close(weight, ends[0][2][name], rtol=0, atol=1e-5)
+
+
+def test_a_mean_over_steps_weighs_each_pair(tmp_path, policy, tokenizer):
+    """One pair with a margin of 10 and three of 1, in one log of two steps, are 3.25 and not 5.5."""
+    calls = []
+
+    def reward(prompts, **kwargs):
+        calls.append(len(prompts))
+        far, near = [10.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]
+        return [*far, *[0.0] * 12] if len(calls) == 1 else [*[0.0] * 4, *near * 3]
+
+    options = {"per_device_train_batch_size": 16, "logging_steps": 2, "learning_rate": 0.0}
+    trainer = make(tmp_path, policy, tokenizer, reward, **options)
+    trainer.train()
+    [log] = logs_of(trainer)
+    assert calls == [16, 16]
+    assert log["pairs/margin"] == pytest.approx((10 + 3 * 1) / 4)
+    assert log["pairs/used"] == 0.5
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    gaps, entropies, tokens = [], 0.0, 0
+    for inputs, *_ in trainer.batches:
+        used = {name: value[inputs["weights"] > 0] for name, value in inputs.items()}
+        sums, counts = pair_logps(model, used)
+        gaps += (sums / counts).diff(dim=1)[:, 0].tolist()
+        entropies += entropy_of(model, used) * counts.sum().item()
+        tokens += counts.sum().item()
+    assert len(gaps) == 4
+    assert log["rewards/margins"] == pytest.approx(-2.0 * sum(gaps) / 4, abs=1e-4)
+    assert log["entropy"] == pytest.approx(entropies / tokens, abs=1e-4)
+
+
+def test_a_cut_off_completion_is_in_no_pair_where_asked(tmp_path, policy, tokenizer):
+    """The longest is the best: without the option the chosen one is mostly one that was cut off."""
+    end = tokenizer.eos_token_id
+    ended = []
+    for masked in (False, True):
+        options = {"mask_truncated_completions": masked, "per_device_train_batch_size": 64, "max_steps": 1}
+        trainer = make(tmp_path, policy, tokenizer, **options)
+        trainer.train()
+        [(inputs, _, _)] = trainer.batches
+        [log] = logs_of(trainer)
+        used = inputs["weights"] > 0
+        assert log["pairs/used"] == used.float().mean().item()
+        ended.append((inputs["completion_ids"][used] == end).any(dim=2))
+        assert (log["pairs/truncated"] > 0) == masked
+        assert sum(log[f"pairs/{name}"] for name in SHARES) == pytest.approx(1)
+    without, with_option = ended
+    assert not without[:, 0].all()
+    assert len(with_option) > 1
+    assert with_option.all()
+
+
+def test_where_no_completion_ends(tmp_path, policy, tokenizer):
+    options = {"mask_truncated_completions": True, "generation_kwargs": {"suppress_tokens": [tokenizer.eos_token_id]}}
+    trainer = make(tmp_path, policy, tokenizer, **options)
+    trainer.train()
+    for log in logs_of(trainer):
+        assert log["pairs/truncated"] == log["completions/clipped_ratio"] == 1
+        assert log["loss"] == log["pairs/used"] == log["pairs/missing"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_.*able. is deprecated:FutureWarning")  # TRL's calls
@@ -307,6 +416,18 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, policy, tokenizer):
     weights = []
     for is_on in (False, True):
         trainer = make(tmp_path, policy, tokenizer, gradient_checkpointing=is_on, preference_loss="dpo")
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-6)
+
+
+def test_a_policy_that_can_only_give_all_its_logits(tmp_path, policy, tokenizer):
+    weights = []
+    for keeps in (True, False):
+        trainer = make(tmp_path, policy, tokenizer)
+        assert trainer._keeps_logits  # a Llama can leave out the prompt's
+        trainer._keeps_logits = keeps
         trainer.train()
         weights.append(trainer.model.state_dict())
     for name, weight in weights[0].items():
@@ -354,7 +475,12 @@ def test_the_completions_table_shows_the_pairs(tmp_path, policy, tokenizer, caps
     for group in (rows[:4], rows[4:]):
         by_reward = sorted(group, key=lambda row: row["length"])
         assert (by_reward[0]["pair"], by_reward[-1]["pair"]) == ("rejected", "chosen")
-    assert "Step 1" in capsys.readouterr().out
+    assert "advantage" not in rows[0]
+    assert {"step", "prompt", "completion", "length", "pair"} <= set(rows[0])
+    printed = capsys.readouterr().out
+    assert "Step 1" in printed
+    assert "rejected" in printed
+    assert "dvantage" not in printed
 
 
 @pytest.mark.parametrize(("loss", "strategy"), [("simpo", "best_random"), ("dpo", "best_worst")])
@@ -384,6 +510,84 @@ def test_evaluation_during_training(tmp_path, policy, tokenizer):
     assert not any(name.startswith("eval_") for log in logs_of(trainer) for name in log)
 
 
+@pytest.mark.parametrize("loss", ["simpo", "dpo"])
+@pytest.mark.parametrize("batch_size", [4, 12])
+def test_the_evaluation_loss_is_a_mean_over_the_pairs_that_are_used(loss, batch_size, tmp_path, policy, tokenizer):
+    """Of batches of one group, a quarter has no pair; of larger ones, each has another number."""
+
+    def reward(prompts, completion_ids, **kwargs):
+        rewards = length(None, None, completion_ids)
+        return [
+            0.0 if prompt[-1]["content"] == "hello" else reward for prompt, reward in zip(prompts, rewards, strict=True)
+        ]
+
+    options = {"preference_loss": loss, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": batch_size}
+    options |= {"learning_rate": 0.0, "max_steps": 1}
+    trainer = make(tmp_path, policy, tokenizer, reward, **options)
+    trainer.train()
+    trainer.batches = []
+    found = trainer.evaluate()
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    losses, pairs = [], 0
+    for inputs, of_batch, _ in trainer.batches:
+        used = {name: value[inputs["weights"] > 0] for name, value in inputs.items()}
+        pairs += len(inputs["weights"])
+        if not len(used["weights"]):
+            assert math.isnan(of_batch)
+            continue
+        sums, counts = pair_logps(model, used)
+        if loss == "simpo":
+            found_here = simpo_loss(*(sums / counts).unbind(1), beta=2.0, gamma=1.0).tolist()
+        else:
+            found_here = [math.log(2)] * len(sums)  # the policy is its reference
+        assert of_batch == pytest.approx(sum(found_here) / len(found_here), abs=1e-5)
+        losses += found_here
+    assert 0 < len(losses) < pairs
+    assert found["eval_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert logs_of(trainer, "eval_loss")[0]["eval_loss"] == found["eval_loss"]
+
+
+@pytest.mark.parametrize(("value", "metric"), [(0.0, "loss"), (None, "loss"), (None, "rewards/margins")])
+def test_an_evaluation_without_a_pair_is_nobodys_best(value, metric, tmp_path, policy, tokenizer):
+    def reward(prompts, **kwargs):
+        return [value] * len(prompts)
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"metric_for_best_model": metric, "load_best_model_at_end": True}
+    trainer = make(tmp_path, policy, tokenizer, reward, **options)
+    trainer.train()
+    evaluations = logs_of(trainer, "eval_loss")
+    assert len(evaluations) == 2
+    assert all(math.isnan(log["eval_loss"]) for log in evaluations)
+    assert trainer.state.best_model_checkpoint is None
+    assert math.isnan(trainer.evaluate()["eval_rewards/margins"])
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_the_best_checkpoint_has_the_highest_reward(strategy, tmp_path, policy, tokenizer):
+    calls = []
+
+    def reward(prompts, completion_ids, **kwargs):
+        calls.append(None)
+        return [value - abs(len(calls) - 5) for value in length(None, None, completion_ids)]
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": strategy, "max_steps": 4}
+    options |= {"per_device_eval_batch_size": 64}
+    options |= {"save_steps": 1, "load_best_model_at_end": True} if strategy == "steps" else {}
+    trainer = make(tmp_path, policy, tokenizer, reward, **options)
+    trainer.train()
+    rewards = [log["eval_reward"] for log in logs_of(trainer, "eval_loss")]
+    assert len(set(rewards)) == 4
+    assert trainer.state.best_metric == max(rewards)
+    steps = {int(folder.name.removeprefix("checkpoint-")) for folder in tmp_path.glob("checkpoint-*")}
+    if strategy == "steps":
+        assert trainer.state.best_global_step == 1 + rewards.index(max(rewards))
+        assert steps == {1, 2, 3, 4}
+    else:
+        assert steps == {1 + number for number in range(4) if rewards[number] == max(rewards[: number + 1])}
+        assert len(steps) < 4
+
+
 def test_what_the_trainer_refuses(tmp_path, policy, tokenizer):
     with pytest.raises(ConfigError, match="args is a GRPOConfig. Pass an OnlinePreferenceConfig"):
         OnlinePreferenceTrainer(policy, length, GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
@@ -392,40 +596,69 @@ def test_what_the_trainer_refuses(tmp_path, policy, tokenizer):
         trainer.evaluate()
 
 
-def test_a_trl_that_it_was_not_tested_with_is_refused():
+def test_a_trl_that_it_was_not_tested_with_is_refused(tmp_path, policy, monkeypatch):
     _compat.check_grpo(GRPOTrainer)
 
     class Renamed(GRPOTrainer):
         _calculate_rewards = None
 
-    class Longer(GRPOTrainer):
+    class Shorter(GRPOTrainer):
         def compute_loss(self, model, inputs):
             raise NotImplementedError
 
-    with pytest.raises(ConfigError, match=r"tested with TRL 1.0 to 1.16 .* Renamed._calculate_rewards takes None"):
+    class Asking(GRPOTrainer):
+        def _log_completion_extra(self, column, values, unit):
+            raise NotImplementedError
+
+    class Other(GRPOTrainer):
+        def _generate_and_score_completions(self, batch):
+            raise NotImplementedError
+
+    with pytest.raises(ConfigError, match=r"tested with TRL 1.0 to 1.16 .* there is no Renamed._calculate_rewards"):
         _compat.check_grpo(Renamed)
-    with pytest.raises(ConfigError, match=r"Longer.compute_loss takes \['self', 'model', 'inputs'\], not"):
-        _compat.check_grpo(Longer)
+    with pytest.raises(ConfigError, match=r"Shorter.compute_loss takes other arguments than \['model', 'inputs', 'ret"):
+        _compat.check_grpo(Shorter)
+    with pytest.raises(ConfigError, match=r"Asking._log_completion_extra takes other arguments"):
+        _compat.check_grpo(Asking)
+    with pytest.raises(ConfigError, match=r"Other._generate_and_score_completions takes other arguments"):
+        _compat.check_grpo(Other)
+    monkeypatch.delattr("trl.trainer.utils.use_adapter")
+    with pytest.raises(ConfigError, match=r"there is no trl.trainer.utils.use_adapter. Install a version"):
+        OnlinePreferenceTrainer(policy, length, OnlinePreferenceConfig(str(tmp_path), **COMMON))
 
 
-def test_a_batch_of_another_shape_is_refused(tmp_path, policy, tokenizer):
+def test_a_trl_that_can_more_is_taken():
+    class Longer(GRPOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, *, new=None, **more):
+            raise NotImplementedError
+
+        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list, new=None):
+            raise NotImplementedError
+
+    _compat.check_grpo(Longer)
+
+
+def test_a_batch_of_another_shape_is_refused():
     batch = ["prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"]
     _compat.check_generated(batch)
+    _compat.check_generated([*batch, "tool_mask", "something_new"])
     with pytest.raises(ConfigError, match="a generated batch lacks prompt_mask"):
         _compat.check_generated([name for name in batch if name != "prompt_mask"])
-    with pytest.raises(ConfigError, match="also holds pixel_values, which are images"):
-        _compat.check_generated([*batch, "pixel_values"])
+    for key in ("pixel_values", "num_images", "image_grid_thw", "pixel_values_videos"):
+        with pytest.raises(ConfigError, match=f"the prompts hold images .a generated batch has {key}.*Use GRPOTrainer"):
+            _compat.check_generated([*batch, key])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["best_worst", "best_random"])
 def test_two_processes_are_one_with_twice_the_batch(strategy, tmp_path, policy):
-    """The same completions: sampling differs by process. Losses and weights agree to float tolerance."""
+    """The same completions: sampling differs by process. Losses, metrics and weights agree to float tolerance, also
+    where gradients are accumulated over pairs of which some have no weight."""
     script = Path(__file__).parent / "two_ranks.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     found = []
-    for processes, batch in ((1, 16), (2, 8)):
-        out = tmp_path / f"{processes}.pt"
+    for processes, batch, accumulated in ((1, 16, 1), (2, 8, 1), (2, 4, 2)):
+        out = tmp_path / f"{processes}-{batch}.pt"
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [
             sys.executable,
@@ -435,15 +668,25 @@ def test_two_processes_are_one_with_twice_the_batch(strategy, tmp_path, policy):
             str(out),
             strategy,
             str(batch),
+            str(accumulated),
         ]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-4000:]
         found.append(torch.load(out))
-    one, two = found
-    assert one["processes"] == 1
-    assert two["processes"] == 2
-    for left, right in zip(one["logs"], two["logs"], strict=True):
-        for name, value in left.items():
-            assert right[name] == pytest.approx(value, abs=2e-4, rel=1e-4), name
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(weight, two["weights"][name], rtol=0, atol=1e-5)
+    one, *others = found
+    assert [each["processes"] for each in found] == [1, 2, 2]
+    for log, rewards in zip(one["logs"], one["rewards"], strict=False):
+        groups = [rewards[start : start + 4] for start in range(0, len(rewards), 4)]
+        margins = [max(group) - min(group) for group in groups if len(set(group)) > 1]
+        assert 0 < len(margins) < len(groups)
+        assert log["pairs/used"] == len(margins) / len(groups)
+        if strategy == "best_worst":
+            assert log["pairs/margin"] == pytest.approx(sum(margins) / len(margins), rel=1e-4)
+    # In evaluation what is drawn depends on the batch.
+    logs = [each["logs"] if strategy == "best_worst" else each["logs"][:-1] for each in found]
+    for two, theirs in zip(others, logs[1:], strict=True):
+        for left, right in zip(logs[0], theirs, strict=True):
+            for name, value in left.items():
+                assert right[name] == pytest.approx(value, abs=2e-4, rel=1e-4), name
+        for name, weight in one["weights"].items():
+            torch.testing.assert_close(weight, two["weights"][name], rtol=0, atol=1e-5)

@@ -46,6 +46,15 @@ def test_the_margin_that_is_asked_for():
     assert select([1.0, 1.0], min_margin=0.5).skipped == "tie"
 
 
+def test_what_was_cut_off_is_in_no_pair():
+    rewards = [3.0, 1.0, -2.0, 0.0]
+    assert select(rewards, truncated=[0, 2]) == Pair(1, 3, 1.0, None)
+    assert select(rewards, "best_random", truncated={0, 2}) == Pair(1, 3, 1.0, None)
+    assert select(rewards, truncated=[0, 1, 2]).skipped == "truncated"
+    assert select([3.0, NAN, NAN, 0.0], truncated=[0]).skipped == "truncated"
+    assert select([3.0, NAN, NAN, NAN], truncated=[0]).skipped == "missing"  # no pair with it either
+
+
 def test_best_against_a_random_other():
     rng = random.Random(0)
     drawn = Counter(

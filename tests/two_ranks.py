@@ -1,6 +1,6 @@
 """A run with completions that are a function of their prompt alone, for `test_online_preference_trainer`.
 
-python two_ranks.py POLICY OUT STRATEGY BATCH_SIZE, by itself or under torch.distributed.run.
+python two_ranks.py POLICY OUT STRATEGY BATCH_SIZE ACCUMULATED, by itself or under torch.distributed.run.
 """
 
 import os
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_cdr import OnlinePreferenceConfig, OnlinePreferenceTrainer
 
-policy, out, strategy, batch_size = sys.argv[1:]
+policy, out, strategy, batch_size, accumulated = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(policy)
 
 
@@ -33,17 +33,22 @@ def write(prompts, trainer):
 
 
 def reward(prompts, completion_ids, **kwargs):
-    """No ties, but nothing to learn at every fourth prompt."""
+    """No ties, but nothing to learn at every second prompt."""
     scores = [sum(ids) % 97 + len(ids) / 100 for ids in completion_ids]
-    return [0.0 if len(prompt) % 4 == 0 else score for prompt, score in zip(prompts, scores, strict=True)]
+    scores = [0.0 if len(prompt) % 2 == 0 else score for prompt, score in zip(prompts, scores, strict=True)]
+    calls.append(scores)
+    return scores
 
 
+calls = []
 args = OnlinePreferenceConfig(
     tempfile.mkdtemp(),
     preference_loss="dpo",
     pair_strategy=strategy,
     num_generations=4,
     per_device_train_batch_size=int(batch_size),
+    per_device_eval_batch_size=int(batch_size),
+    gradient_accumulation_steps=int(accumulated),
     max_steps=3,
     learning_rate=0.05,
     optim="sgd",
@@ -55,20 +60,37 @@ args = OnlinePreferenceConfig(
     logging_steps=1,
     disable_tqdm=True,
 )
+data = Dataset.from_dict({"prompt": ["word " * (number + 1) for number in range(24)]})
 trainer = OnlinePreferenceTrainer(
     AutoModelForCausalLM.from_pretrained(policy),
     reward,
     args,
-    train_dataset=Dataset.from_dict({"prompt": ["word " * (number + 1) for number in range(24)]}),
+    train_dataset=data,
+    eval_dataset=data,
     processing_class=tokenizer,
     rollout_func=write,
 )
 trainer.train()
-names = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "pairs/used", "pairs/margin")
+trained = list(calls)
+evaluation = trainer.evaluate()
+names = {
+    "loss",
+    "grad_norm",
+    "entropy",
+    "kl",
+    "rewards/chosen",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+}
+names |= {"pairs/used", "pairs/margin", "pairs/chosen_tokens"}
 logs = [{name: log[name] for name in names} for log in trainer.state.log_history if "loss" in log]
+logs += [{f"eval_{name}": evaluation[f"eval_{name}"] for name in names - {"grad_norm"}}]
 if trainer.accelerator.is_main_process:
     weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-    torch.save({"processes": trainer.accelerator.num_processes, "logs": logs, "weights": weights}, out)
+    torch.save(
+        {"processes": trainer.accelerator.num_processes, "logs": logs, "weights": weights, "rewards": trained}, out
+    )
 if torch.distributed.is_initialized():
     trainer.accelerator.wait_for_everyone()
     torch.distributed.destroy_process_group()

@@ -13,16 +13,17 @@ from .errors import ConfigError
 
 _PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft", "vllm")
 
-# What OnlinePreferenceTrainer takes from GRPOTrainer, as TRL 1.0 to 1.16 have it: methods and their arguments, keys
-# that a generated batch has, and keys that it may have.
+# What OnlinePreferenceTrainer takes from GRPOTrainer, as TRL 1.0 to 1.16 have it: methods with the arguments that it
+# hands them or is handed, and keys of a generated batch.
 _GRPO_METHODS = {
-    "_generate_and_score_completions": ["self", "inputs"],
-    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
-    "_log_completion_extra": ["self", "column", "values"],
-    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    "_generate_and_score_completions": ["inputs"],
+    "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
+    "_log_completion_extra": ["column", "values"],
+    "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+    "log": ["logs", "start_time"],
 }
 _GRPO_KEYS = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"}
-_GRPO_OTHER_KEYS = {"advantages", "num_items_in_batch", "old_per_token_logps", "sampling_per_token_logps", "tool_mask"}
+_IMAGES = ("pixel", "image", "video")  # one of these is in a key of every batch whose prompts hold images
 
 
 def versions() -> dict[str, str | None]:
@@ -85,37 +86,78 @@ def end_training(trainer: Any) -> None:
 
 def check_grpo(trainer: type) -> None:
     """
-    Whether `GRPOTrainer` has the methods that `OnlinePreferenceTrainer` builds on.
+    Whether `GRPOTrainer` has the methods that `OnlinePreferenceTrainer` builds on. They may take more, as long as
+    nobody has to pass it.
 
     Args:
         trainer (`type`): `GRPOTrainer`.
 
     Raises:
-        ConfigError: a method is missing or takes other arguments: this TRL is not one that it was tested with.
+        ConfigError: a method is missing, lacks an argument or asks for another: this TRL is not one that it was tested
+            with.
     """
     for name, expected in _GRPO_METHODS.items():
         method = getattr(trainer, name, None)
-        found = None if method is None else list(inspect.signature(method).parameters)
-        if found != expected:
-            raise _untested(f"{trainer.__name__}.{name} takes {found}, not {expected}")
+        if method is None:
+            raise _untested(f"there is no {trainer.__name__}.{name}")
+        try:
+            found = inspect.signature(method)
+            found.bind(None, *expected)
+            found.bind(None, **dict.fromkeys(expected))
+        except TypeError as error:
+            raise _untested(f"{trainer.__name__}.{name} takes other arguments than {expected} ({error})") from error
 
 
 def check_generated(keys: Collection[str]) -> None:
     """
-    Whether a batch that `GRPOTrainer` generated holds what `OnlinePreferenceTrainer` reads, and nothing that it would
-    lose.
+    Whether a batch that `GRPOTrainer` generated holds what `OnlinePreferenceTrainer` reads, and no images, which it
+    would lose.
 
     Args:
         keys (`Collection[str]`): The batch's.
 
     Raises:
-        ConfigError: a key is missing or unknown.
+        ConfigError: a key is missing, or belongs to images.
     """
-    missing, unknown = sorted(_GRPO_KEYS - set(keys)), sorted(set(keys) - _GRPO_KEYS - _GRPO_OTHER_KEYS)
+    missing = sorted(_GRPO_KEYS - set(keys))
+    images = sorted(key for key in keys if any(word in key for word in _IMAGES))
     if missing:
         raise _untested(f"a generated batch lacks {', '.join(missing)}")
-    if unknown:
-        raise _untested(f"a generated batch also holds {', '.join(unknown)}, which are images if the prompts have some")
+    if images:
+        raise ConfigError(
+            f"the prompts hold images (a generated batch has {', '.join(images)}), and OnlinePreferenceTrainer reads "
+            "text only. Use GRPOTrainer."
+        )
+
+
+def use_adapter() -> Any:
+    """
+    TRL's context manager that runs a PEFT model with another adapter, or with none.
+
+    Raises:
+        ConfigError: this TRL has none.
+    """
+    try:
+        from trl.trainer.utils import use_adapter as found
+    except ImportError as error:
+        raise _untested("there is no trl.trainer.utils.use_adapter") from error
+    return found
+
+
+def end_tokens(trainer: Any) -> set[int]:
+    """The tokens of which `GRPOTrainer` takes one at a completion's end for a sign that it was not cut off."""
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    # TRL < 1.14.2 knows one end token; drop with the floor.
+    return {*getattr(trainer, "eos_token_ids", [tokenizer.eos_token_id]), tokenizer.pad_token_id}
+
+
+def fused_head() -> Any:
+    """TRL's function that makes a model return log-probabilities without its logits; None before TRL 1.15."""
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError:
+        return None
+    return add_fused_lm_head
 
 
 def _untested(what: str) -> ConfigError:

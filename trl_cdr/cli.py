@@ -141,8 +141,9 @@ def _bench(argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="trl-cdr bench", description=_describe("bench"))
     about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
+    about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
     about += "; gaming: policies trained on the plain and on the gated reward (an hour)"
-    choices = [*WORKLOADS, "gaming"]
+    choices = [*WORKLOADS, "pair_step", "gaming"]
     parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
     parser.add_argument("--model", choices=MODELS, default="llama-58m", help="architecture of a pair of random weights")
     parser.add_argument("--cdr_strong", help="measure this model (name or path) in place of random weights")
@@ -164,6 +165,15 @@ def _bench(argv: list[str]) -> None:
 
         gaming = run_gaming()
         print(json.dumps(gaming, indent=2)) if args.json else print_gaming(gaming)
+        return
+
+    if args.workload == "pair_step":
+        from .bench.pair_step import print_pair_step, run_pair_step
+
+        steps = run_pair_step(
+            args.model, args.cdr_strong, dtype=args.cdr_dtype, attention=args.attention, runs=args.runs
+        )
+        print(json.dumps(steps, indent=2)) if args.json else print_pair_step(steps)
         return
 
     from .bench.run import load_pair, print_workload, run_workload

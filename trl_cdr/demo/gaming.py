@@ -71,7 +71,8 @@ def make_settings(*, cache: bool = True) -> dict[str, Setting]:
     mild, base = mistakes.mild, mistakes.base
     of_two = {"preference_loss": "dpo", "num_generations": 2, "learning_rate": 1e-3}
     of_eight = {**of_two, "num_generations": 8}
-    simpo = {"num_generations": 8, "gamma": 0.5, "sft_coef": 1.0, "learning_rate": 5e-4}
+    simpo = {"num_generations": 8, "learning_rate": 5e-4}  # the loss as it is by default
+    anchored = {**simpo, "gamma": 0.5, "sft_coef": 1.0}
     few = (math.inf, 1.5, None)
     return {
         "dpo": Setting("online DPO: DPO strong, 2 x 16, beta 0.1, 160 steps", dpo, weak, policy, 160, 16, 0.1),
@@ -85,11 +86,15 @@ def make_settings(*, cache: bool = True) -> dict[str, Setting]:
         "pairs_of_eight": Setting(
             "ours, DPO: SFT strong, 8 x 32, beta 0.5, 60 steps", strong, weak, policy, 60, 32, 0.5, few, of_eight
         ),
-        "simpo": Setting(
-            "ours, SimPO: SFT strong, 8 x 16, beta 2, 240 steps", strong, weak, policy, 240, 16, 2.0, few, simpo
-        ),
+        "simpo": Setting("ours, SimPO: SFT strong, 8 x 16, 240 steps", strong, weak, policy, 240, 16, 2.0, few, simpo),
         "simpo_mistakes": Setting(
-            "ours, SimPO: common mistakes, 8 x 16, beta 2, 240 steps",
+            "ours, SimPO: common mistakes, 8 x 16, 240 steps", mild, base, mistakes.policy, 240, 16, 2.0, few, simpo
+        ),
+        "anchored": Setting(
+            "ours, SimPO and likelihood: SFT strong, 8 x 16", strong, weak, policy, 240, 16, 2.0, few, anchored
+        ),
+        "anchored_mistakes": Setting(
+            "ours, SimPO and likelihood: common mistakes, 8 x 16",
             mild,
             base,
             mistakes.policy,
@@ -97,7 +102,7 @@ def make_settings(*, cache: bool = True) -> dict[str, Setting]:
             16,
             2.0,
             few,
-            simpo,
+            anchored,
         ),
     }
 

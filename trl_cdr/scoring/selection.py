@@ -4,14 +4,14 @@ from does not matter.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 PairStrategy = Literal["best_worst", "best_random"]
-Skipped = Literal["tie", "missing", "min_margin"]
+Skipped = Literal["tie", "missing", "truncated", "min_margin"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,12 @@ def combine_rewards(rewards: Tensor, weights: Tensor, *, num_generations: int) -
 
 
 def select_pair(
-    rewards: Sequence[float], *, strategy: PairStrategy, rng: random.Random, min_margin: float = 0.0
+    rewards: Sequence[float],
+    *,
+    strategy: PairStrategy,
+    rng: random.Random,
+    min_margin: float = 0.0,
+    truncated: Collection[int] = (),
 ) -> Pair:
     """
     Choose the pair of a group.
@@ -75,17 +80,20 @@ def select_pair(
             drawn evenly, as in the paper (arXiv 2411.02481). Of equal rewards the first counts as best and as worst.
         rng (`random.Random`): What `"best_random"` draws from: the caller's own, so that no global state moves.
         min_margin (`float`, *optional*, defaults to 0): Pairs of a smaller margin are skipped, in the reward's unit.
+        truncated (`Collection[int]`, *optional*): Indices of completions that were cut off, and may be in no pair.
 
     Returns:
-        `Pair`: its `skipped` is `"missing"` where fewer than two rewards are there, `"tie"` where both are equal,
-        `"min_margin"` where they are too close.
+        `Pair`: its `skipped` is `"missing"` where fewer than two rewards are there, `"truncated"` where fewer than two
+        of these belong to completions that were not cut off, `"tie"` where both are equal, `"min_margin"` where they
+        are too close.
     """
     assert len(rewards) >= 2, rewards
     scored = [index for index, reward in enumerate(rewards) if math.isfinite(reward)]
-    if len(scored) < 2:
-        return Pair(chosen=0, rejected=1, margin=math.nan, skipped="missing")
-    chosen = max(scored, key=rewards.__getitem__)
-    others = [index for index in scored if index != chosen]
+    whole = [index for index in scored if index not in truncated]
+    if len(whole) < 2:
+        return Pair(chosen=0, rejected=1, margin=math.nan, skipped="missing" if len(scored) < 2 else "truncated")
+    chosen = max(whole, key=rewards.__getitem__)
+    others = [index for index in whole if index != chosen]
     rejected = min(others, key=rewards.__getitem__) if strategy == "best_worst" else rng.choice(others)
     margin = rewards[chosen] - rewards[rejected]
     skipped: Skipped | None = None

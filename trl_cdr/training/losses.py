@@ -3,28 +3,82 @@
 P is the number of pairs. A loss is a number for each pair; whoever calls weighs and averages them.
 """
 
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+# Logits of which a float32 copy exists at one time, 32 MiB of them: little beside the logits of any pair.
+_LOGITS_PER_CHUNK = 2**23
 
-def gather_logps(logits: Tensor, ids: Tensor) -> Tensor:
+
+class TokenLogps(NamedTuple):
+    """
+    What a model thinks of tokens.
+
+    Attributes:
+        logps (`Tensor` of shape (B, T)): Each token's log-probability, float32, nats.
+        entropies (`Tensor` of shape (B, T)): Of the distribution that the token was one of; float32, nats, without
+            gradient.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+
+
+def gather_logps(logits: Tensor, ids: Tensor) -> TokenLogps:
     """
     Log-probabilities of tokens, in float32 whatever the model's type.
 
+    For the backward pass the logits are kept as they are, and a float32 copy exists of a chunk at a time only.
+
     Args:
-        logits (`Tensor` of shape (B, T, V)): What the model predicts for each token.
+        logits (`Tensor` of shape (B, T + 1, V)): What the model predicts for each token, and for what would follow,
+            which is not looked at: to cut it off would cost a copy of all in the backward pass.
         ids (`Tensor` of shape (B, T)): The tokens.
 
     Returns:
-        `Tensor` of shape (B, T), float32, nats.
+        `TokenLogps`.
     """
-    # Row by row: of a second tensor of the logits' size only one row is alive at a time.
-    rows = []
-    for row, tokens in zip(logits, ids, strict=True):
-        scores = row.float()  # (T, V)
-        rows.append(scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(dim=1))
-    return torch.stack(rows)
+    return TokenLogps(*_GatherLogps.apply(logits, ids))  # type: ignore[no-untyped-call]
+
+
+class _GatherLogps(torch.autograd.Function):
+    """`log_softmax` and `gather`, and the entropy; the softmax is computed anew where gradients need it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logps, normalizers, entropies = (torch.empty(ids.shape, device=ids.device) for _ in range(3))  # (B, T) each
+        for at in _chunks(logits, ids):
+            scores = logits[at].float()  # (n, V)
+            normalizers[at] = scores.logsumexp(dim=1)
+            logps[at] = scores.gather(1, ids[at][:, None])[:, 0] - normalizers[at]
+            entropies[at] = torch.special.entr((scores - normalizers[at][:, None]).exp_()).sum(dim=1)
+        ctx.save_for_backward(logits, ids, normalizers)
+        ctx.mark_non_differentiable(entropies)
+        return logps, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, ids, normalizers = ctx.saved_tensors
+        gradient = gradients[0].float()  # (B, T)
+        found = torch.empty_like(logits)
+        found[:, ids.shape[1] :] = 0
+        for at in _chunks(logits, ids):
+            # d logp / d logits = onehot - softmax
+            chunk = (logits[at].float() - normalizers[at][:, None]).exp_().mul_(-gradient[at][:, None])  # (n, V)
+            found[at] = chunk.scatter_add_(1, ids[at][:, None], gradient[at][:, None])
+        return found, None
+
+
+def _chunks(logits: Tensor, ids: Tensor) -> Iterator[tuple[int, slice]]:
+    """Row and positions of one chunk after the other."""
+    step = max(1, _LOGITS_PER_CHUNK // logits.shape[-1])
+    for row in range(len(ids)):
+        for start in range(0, ids.shape[1], step):
+            yield row, slice(start, min(start + step, ids.shape[1]))
 
 
 def simpo_loss(

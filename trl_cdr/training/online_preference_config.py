@@ -24,7 +24,6 @@ _GRPO_LOSS = {
     "importance_sampling_level",
     "scale_rewards",
     "multi_objective_aggregation",
-    "mask_truncated_completions",
     "top_entropy_quantile",
     "entropy_coef",
     "entropy_coef_min",
@@ -54,7 +53,9 @@ class OnlinePreferenceConfig(GRPOConfig):  # type: ignore[misc]
     """
     Arguments of [`OnlinePreferenceTrainer`]: GRPO's for generation, rewards, logging and vLLM, and the preference loss.
 
-    Fields of GRPO's loss (`epsilon`, `loss_type`, ...) and its `beta` are not to be set.
+    Fields of GRPO's loss (`epsilon`, `loss_type`, ...) and its `beta` are not to be set. Where `load_best_model_at_end`
+    or `save_strategy="best"` asks which checkpoint is best and nothing else is named, it is the one with the highest
+    `eval_reward`: a loss is low where the pairs are easy, also because the completions got worse.
 
     Raises:
         ConfigError: a value is out of range, a field has no effect on the chosen loss, or a group of completions does
@@ -100,6 +101,16 @@ class OnlinePreferenceConfig(GRPOConfig):  # type: ignore[misc]
     disable_dropout: bool = field(
         default=True, metadata={"help": "Disable dropout: the loss compares log-probabilities of two completions."}
     )
+    mask_truncated_completions: bool = field(
+        default=False,
+        metadata={"help": "A completion that reached max_completion_length without ending is in no pair."},
+    )
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "Of evaluation; default, where the best checkpoint is asked for: eval_reward."}
+    )
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether higher metric values are better; eval_reward's are."}
+    )
     vllm_importance_sampling_correction: bool = field(
         default=False, metadata={"help": "GRPO's; not to be set: pairs are not weighted by importance."}
     )
@@ -108,7 +119,9 @@ class OnlinePreferenceConfig(GRPOConfig):  # type: ignore[misc]
         self._check_loss()
         self._check_grpo_fields()
         self._check_batches()
+        self._choose_metric()
         super().__post_init__()
+        self._check_generation()
 
     def _check_loss(self) -> None:
         """Choices and ranges; fills in what was left open."""
@@ -176,6 +189,26 @@ class OnlinePreferenceConfig(GRPOConfig):  # type: ignore[misc]
                 "per_device_eval_batch_size",
                 self.per_device_eval_batch_size,
                 self.num_generations_eval or self.num_generations,
+            )
+
+    def _choose_metric(self) -> None:
+        """What the best checkpoint is best at."""
+        strategy = getattr(self.save_strategy, "value", self.save_strategy)
+        scheduler = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        is_open = self.metric_for_best_model is None and self.greater_is_better is None
+        # A scheduler that waits for a plateau takes the same metric, and takes it for one that is to fall.
+        if is_open and (self.load_best_model_at_end or strategy == "best") and scheduler != "reduce_lr_on_plateau":
+            self.metric_for_best_model = "eval_reward"
+            self.greater_is_better = True
+
+    def _check_generation(self) -> None:
+        """Completions are the policy's own as it is: nothing here corrects for an older one's, as GRPO's loss does."""
+        if self.gradient_accumulation_steps % self.steps_per_generation:
+            raise ConfigError(
+                f"steps_per_generation is {self.steps_per_generation} and gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}: some updates would learn from completions of a policy before the "
+                f"last update, and GRPO would run each of these once more for nothing. Leave it out, or pass a divisor "
+                f"of {self.gradient_accumulation_steps}."
             )
 
 

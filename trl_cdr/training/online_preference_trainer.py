@@ -6,21 +6,23 @@ Generation, rewards, evaluation, logging, vLLM and resuming are GRPO's. Here the
 
 import contextlib
 import inspect
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
-from trl.trainer.utils import use_adapter
 
 from .. import _compat
 from ..errors import ConfigError
 from ..scoring.selection import Pair, combine_rewards, select_pair
-from .losses import dpo_loss, gather_logps, ipo_loss, simpo_loss
+from .losses import TokenLogps, dpo_loss, gather_logps, ipo_loss, simpo_loss
 from .online_preference_config import OnlinePreferenceConfig, check_batch_size
+from .pairs_table import print_table, write_table
 
 
 class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -31,10 +33,13 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
     Rewards are used as they are, weighted by `reward_weights` and added; there are no advantages. A pair whose rewards
     tie, are missing (None or NaN) or differ by less than `min_margin` has weight 0 and is counted; batches have the
     same shape on every process. The loss of a micro-batch is the sum of its weighted losses over its number of pairs,
-    and gradients accumulated over smaller batches are those of one larger batch.
+    and gradients accumulated over smaller batches are those of one larger batch. `eval_loss` is the mean over the pairs
+    of the whole evaluation that have weight, NaN where none has: it says nothing of those that have not, so that the
+    best checkpoint is by default the one with the highest `eval_reward`.
 
     Policy and reference are run on the chosen and the rejected completions only, without temperature, however the
-    completions were sampled.
+    completions were sampled. Of their logits no float32 copy is kept; on a GPU TRL's fused head (TRL 1.15 and later)
+    never makes them.
 
     Args:
         model, reward_funcs, args, **kwargs: As for `GRPOTrainer`; `args` is an [`OnlinePreferenceConfig`]. With
@@ -53,11 +58,15 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
       how often it is above 0.
     - `logps/chosen`, `logps/rejected`: log-probabilities, nats: mean per token for simpo, summed for dpo and ipo. A
       chosen that falls together with the rejected is likelihood displacement: see `sft_coef`.
-    - `pairs/used`, `pairs/ties`, `pairs/missing`, `pairs/below_margin`: shares of the pairs, which add up to 1.
+    - `entropy`: of the policy at the pairs' tokens, mean per token, nats. `kl` (dpo, ipo): the log-ratio of policy and
+      reference, mean over the pairs' tokens, nats: an estimate of the divergence from the reference that may be
+      negative, and is of chosen and rejected completions only.
+    - `pairs/used`, `pairs/ties`, `pairs/missing`, `pairs/truncated` (with `mask_truncated_completions`: fewer than two
+      of the group's completions ended), `pairs/below_margin`: shares of the pairs, which add up to 1.
     - `pairs/margin`: by how much the reward functions prefer the chosen. `pairs/chosen_tokens`,
       `pairs/rejected_tokens`: lengths.
 
-    All but the shares are means over the pairs that are used.
+    All but the shares are means over the pairs that are used since the last log, on all processes.
 
     Example:
 
@@ -74,9 +83,11 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
     ```
     """
 
+    log_completions: bool  # GRPO's
     _tag_names: ClassVar[list[str]] = ["trl", "online-preference", "trl-cdr"]
     _name = "OnlinePreference"
     _paper: ClassVar[dict[str, str]] = {}  # the base class has GRPO's; each loss has another
+    _fused_devices: ClassVar[tuple[str, ...]] = ("cuda", "xpu")  # where TRL's fused head is a kernel
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: OnlinePreferenceConfig | None = None, **kwargs: Any
@@ -86,12 +97,26 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         if not isinstance(args, OnlinePreferenceConfig):
             raise ConfigError(f"args is a {type(args).__name__}. Pass an OnlinePreferenceConfig.")
         _compat.check_grpo(GRPOTrainer)
+        self._use_adapter = _compat.use_adapter()
         self._pairs: list[Pair] = []
+        # Of each metric the weighted sum and the sum of weights since the last log, over all processes.
+        self._sums: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
         super().__init__(model, reward_funcs, args, **kwargs)
         # The config's beta made GRPO load a reference; with 0 it does not run it over the whole group.
         self.beta = 0.0
         policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self._keeps_logits = "logits_to_keep" in inspect.signature(policy.forward).parameters
+        self._fuses_head = self._fuse_head(policy)
+
+    def _fuse_head(self, policy: nn.Module) -> bool:
+        """Give policy and reference TRL's head without logits; on a CPU it would take more memory than the logits."""
+        fuse = _compat.fused_head()
+        if fuse is None or self.accelerator.device.type not in self._fused_devices:
+            return False
+        models = [policy] if self.ref_model is None else [policy, self.accelerator.unwrap_model(self.ref_model)]
+        for model in models:  # GRPO's own has the temperature of sampling
+            fuse(model, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32, outputs=("log_probs", "entropy"))
+        return True
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
@@ -100,7 +125,11 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         gathered: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (B_all, F)
         first = self.accelerator.process_index * len(prompts)
         local = gathered[first : first + len(prompts)]  # (B, F)
-        self._pairs = self._select(local, first_group=first // self._group_size)
+        truncated: set[int] = set()
+        if self.mask_truncated_completions:
+            ends = _compat.end_tokens(self)
+            truncated = {row for row, ids in enumerate(completion_ids_list) if ids[-1] not in ends}
+        self._pairs = self._select(local, truncated, first_group=first // self._group_size)
         roles = [""] * len(prompts)
         for group, pair in enumerate(self._pairs):
             if not pair.skipped:
@@ -127,7 +156,8 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         index = torch.tensor(rows, device=loss_mask.device)  # (P, 2)
         tokens = loss_mask.sum(dim=1)[index]  # (P, 2)
         for number in (tokens == 0).any(dim=1).nonzero()[:, 0].tolist():  # nothing of the policy's own to learn from
-            self._pairs[number] = replace(self._pairs[number], skipped="missing")
+            if not self._pairs[number].skipped:
+                self._pairs[number] = replace(self._pairs[number], skipped="missing")
         weights = torch.tensor([pair.weight for pair in self._pairs], device=loss_mask.device)  # (P,)
         self._log_pairs(tokens, weights)
         return {
@@ -156,30 +186,81 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
             num_items_in_batch (*optional*): Not used: pairs count, not tokens.
 
         Returns:
-            `Tensor`, a scalar; divided by the steps of gradient accumulation in training, as the base class expects.
+            `Tensor`, a scalar; divided by the steps of gradient accumulation in training, as the base class expects. In
+            evaluation the mean over this process's pairs that have weight, NaN without one.
         """
         if return_outputs:
             raise ValueError("OnlinePreferenceTrainer returns no outputs")
-        args, weights = self.args, inputs["weights"]
+        args, weights, mask = self.args, inputs["weights"], inputs["loss_mask"]
         # A completion without a token of the policy's own is in no pair that has weight.
-        counts = inputs["loss_mask"].sum(dim=2).clamp(min=1)  # (P, 2)
-        if args.preference_loss == "simpo":
-            sums = self._logps(model, inputs)
+        counts = mask.sum(dim=2).clamp(min=1)  # (P, 2)
+        ref_sums = None
+        if args.preference_loss != "simpo":
+            with torch.no_grad(), self._reference(model) as reference:
+                ref_sums = (self._token_logps(reference, inputs).logps * mask).sum(dim=2)  # (P, 2) nats
+        found = self._token_logps(model, inputs)
+        sums = (found.logps * mask).sum(dim=2)  # (P, 2) nats
+        if ref_sums is None:
             logps = sums / counts
             rewards = args.preference_beta * logps
             losses = simpo_loss(
                 *logps.unbind(1), beta=args.preference_beta, gamma=args.gamma, label_smoothing=args.label_smoothing
             )
         else:
-            with torch.no_grad(), self._reference(model) as reference:
-                ref_sums = self._logps(reference, inputs)
-            logps = sums = self._logps(model, inputs)
+            logps = sums
             rewards = args.preference_beta * (sums - ref_sums)
             losses = self._loss_against_reference(sums, ref_sums, counts)
         losses = losses - args.sft_coef * (sums / counts)[:, 0]
-        self._log_loss(rewards.detach(), logps.detach(), weights)
-        loss: Tensor = (weights * losses).sum() / len(weights)
-        return loss / self.current_gradient_accumulation_steps if self.model.training else loss
+        by_token = {"entropy": (found.entropies * mask).sum(dim=(1, 2))}  # (P,) sums over the tokens
+        if ref_sums is not None:
+            by_token["kl"] = (sums - ref_sums).detach().sum(dim=1)
+        self._log_loss(rewards.detach(), logps.detach(), losses.detach(), weights)
+        self._log_by_token(by_token, counts.sum(dim=1), weights)
+        is_training = self.model.training
+        divisor = len(weights) * self.current_gradient_accumulation_steps if is_training else weights.sum()
+        loss: Tensor = (weights * losses).sum() / divisor  # in evaluation NaN without a pair
+        return loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The base class's, whose loss is a mean over batches: here it is one over the pairs that are used."""
+        self._sums["eval"].clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = self._sums["eval"].pop("loss", (0.0, 0.0))
+        output.metrics[f"{metric_key_prefix}_loss"] = total / count if count else math.nan
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """GRPO's, with the means of what was counted since the last log, and a table of pairs in place of its own."""
+        mode = "train" if self.model.training else "eval"
+        for name, (total, count) in self._sums[mode].items():
+            self._metrics[mode][name] = [total / count if count else math.nan]
+        self._sums[mode].clear()
+        is_shown = self.log_completions
+        self.log_completions = False
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.log_completions = is_shown
+        if mode == "eval":
+            # What the best checkpoint is chosen by: TRL 1.0 keeps its metrics to itself, and None can't be compared.
+            entry = self.state.log_history[-1]
+            logs.update({name: math.nan if entry[name] is None else entry[name] for name in entry if name != "step"})
+        if is_shown and self.accelerator.is_main_process and self._logs["prompt"]:
+            self._show_completions()
+
+    def _show_completions(self) -> None:
+        """Print and keep what GRPO has gathered."""
+        columns = {name: list(self._logs[name]) for name in ("prompt", "completion")}
+        columns |= {name: list(values) for part in ("rewards", "extra") for name, values in self._logs[part].items()}
+        step = self.state.global_step
+        print_table(columns, step=step, rows=self.num_completions_to_print)
+        write_table(
+            columns,
+            Path(self.args.output_dir) / "completions",
+            step=step,
+            trackers=self.args.report_to or (),
+            unique_prompts=self.log_unique_prompts,
+        )
 
     def _loss_against_reference(self, sums: Tensor, ref_sums: Tensor, counts: Tensor) -> Tensor:
         """DPO's or IPO's loss (P,) from summed log-probabilities (P, 2) and numbers of tokens (P, 2)."""
@@ -192,25 +273,31 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
             return ipo_loss(chosen, rejected, **reference, beta=beta)
         return dpo_loss(chosen, rejected, **reference, beta=beta, label_smoothing=self.args.label_smoothing)
 
-    def _logps(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Summed log-probabilities of the pairs' completions, (P, 2) nats."""
-        sums: Tensor = (self._per_token_logps(model, inputs) * inputs["loss_mask"]).sum(dim=2)
-        return sums
-
-    def _per_token_logps(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Log-probabilities of the pairs' tokens, (P, 2, T) nats, at temperature 1; one forward of 2 P rows."""
+    def _token_logps(self, model: nn.Module, inputs: dict[str, Tensor]) -> TokenLogps:
+        """The pairs' tokens, (P, 2, T) each, at temperature 1; one forward of 2 P rows."""
         prompt_ids, prompt_mask = (inputs[name].repeat_interleave(2, dim=0) for name in ("prompt_ids", "prompt_mask"))
-        ids, mask = (inputs[name].flatten(0, 1) for name in ("completion_ids", "completion_mask"))  # (2 P, T)
+        ids, mask, counted = (
+            inputs[name].flatten(0, 1) for name in ("completion_ids", "completion_mask", "loss_mask")
+        )  # (2 P, T)
         length = ids.shape[1]
-        options = {"logits_to_keep": length + 1} if self._keeps_logits else {}
-        logits = model(
-            input_ids=torch.cat([prompt_ids, ids], dim=1),
-            attention_mask=torch.cat([prompt_mask, mask], dim=1),
-            use_cache=False,
-            **options,
-        ).logits
-        # The last logits predict what would follow; the one before the completion predicts its first token.
-        return gather_logps(logits[:, -length - 1 : -1], ids).view(-1, 2, length)
+        rows = {
+            "input_ids": torch.cat([prompt_ids, ids], dim=1),
+            "attention_mask": torch.cat([prompt_mask, mask], dim=1),
+            "use_cache": False,
+        }
+        if self._fuses_head:
+            labels = torch.cat([torch.full_like(prompt_ids, -100), ids.masked_fill(counted == 0, -100)], dim=1)
+            with self.accelerator.autocast():  # the reference's own was left behind with its forward
+                output = model(**rows, labels=labels, fused_lm_head=True)
+            found = TokenLogps(output.log_probs[:, -length:], output.entropy[:, -length:].detach())
+        else:
+            # From the logits before the completion, which predict its first token.
+            if self._keeps_logits:
+                logits = model(**rows, logits_to_keep=length + 1).logits
+            else:
+                logits = model(**rows).logits[:, -length - 1 :]  # whose gradient is a copy
+            found = gather_logps(logits, ids)
+        return TokenLogps(*(each.view(-1, 2, length) for each in found))
 
     @contextlib.contextmanager
     def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -219,7 +306,7 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
             yield self.ref_model
             return
         adapted = self.accelerator.unwrap_model(model)
-        with use_adapter(adapted, "ref" if "ref" in adapted.peft_config else None):
+        with self._use_adapter(adapted, "ref" if "ref" in adapted.peft_config else None):
             yield model
 
     @property
@@ -228,17 +315,18 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         size: int = self.num_generations if self.model.training else self.num_generations_eval
         return size
 
-    def _select(self, rewards: Tensor, *, first_group: int) -> list[Pair]:
+    def _select(self, rewards: Tensor, truncated: Collection[int], *, first_group: int) -> list[Pair]:
         """The pairs of this process's groups. What is drawn depends on seed, step and group, not on the process."""
-        combined = combine_rewards(
-            rewards, self.reward_weights.to(rewards.device), num_generations=self._group_size
-        ).view(-1, self._group_size)
+        size = self._group_size
+        weights = self.reward_weights.to(rewards.device)
+        combined = combine_rewards(rewards, weights, num_generations=size).view(-1, size)
         return [
             select_pair(
                 group,
                 strategy=self.args.pair_strategy,
                 rng=random.Random(f"{self.args.seed} {self.state.global_step} {first_group + number}"),
                 min_margin=self.args.min_margin,
+                truncated=[index for index in range(size) if number * size + index in truncated],
             )
             for number, group in enumerate(combined.tolist())
         ]
@@ -246,19 +334,25 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
     def _log_pairs(self, tokens: Tensor, weights: Tensor) -> None:
         """What became of the groups, and lengths (P, 2) and margins of the pairs that are used."""
         device = weights.device
-        reasons = {"used": None, "ties": "tie", "missing": "missing", "below_margin": "min_margin"}
+        reasons = {
+            "used": None,
+            "ties": "tie",
+            "missing": "missing",
+            "truncated": "truncated",
+            "below_margin": "min_margin",
+        }
         shares = {
             f"pairs/{name}": torch.tensor([float(pair.skipped == reason) for pair in self._pairs], device=device)
             for name, reason in reasons.items()
         }
-        self._log_means(shares, torch.ones_like(weights))
+        self._count(shares, torch.ones_like(weights))
         margins = torch.tensor([0.0 if pair.skipped else pair.margin for pair in self._pairs], device=device)
         chosen, rejected = tokens.float().unbind(1)
         means = {"margin": margins, "chosen_tokens": chosen, "rejected_tokens": rejected}
-        self._log_means({f"pairs/{name}": value for name, value in means.items()}, weights)
+        self._count({f"pairs/{name}": value for name, value in means.items()}, weights)
 
-    def _log_loss(self, rewards: Tensor, logps: Tensor, weights: Tensor) -> None:
-        """TRL's metrics of a preference loss, from (P, 2) each."""
+    def _log_loss(self, rewards: Tensor, logps: Tensor, losses: Tensor, weights: Tensor) -> None:
+        """TRL's metrics of a preference loss, from (P, 2) each and (P,); in evaluation also the loss."""
         (chosen, rejected), (chosen_logps, rejected_logps) = rewards.unbind(1), logps.unbind(1)
         values = {
             "rewards/chosen": chosen,
@@ -268,12 +362,17 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
             "logps/chosen": chosen_logps,
             "logps/rejected": rejected_logps,
         }
-        self._log_means(values, weights)
+        self._count(values if self.model.training else values | {"loss": losses}, weights)
 
-    def _log_means(self, values: dict[str, Tensor], weights: Tensor) -> None:
-        """Append to the trainer's metrics the weighted mean over all processes of each (P,), NaN where no weight is."""
+    def _log_by_token(self, sums: dict[str, Tensor], tokens: Tensor, weights: Tensor) -> None:
+        """Means over tokens, from each pair's sum (P,) and its number of tokens (P,)."""
+        self._count({name: value / tokens for name, value in sums.items()}, weights * tokens)
+
+    def _count(self, values: dict[str, Tensor], weights: Tensor) -> None:
+        """Add each (P,) of all processes to what the next log will show the weighted mean of, or NaN without weight."""
         rows = torch.stack([*values.values(), torch.ones_like(weights)]) * weights  # (values + 1, P)
-        *sums, total = self.accelerator.reduce(rows.sum(dim=1), reduction="sum").tolist()
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        *sums, weight = self.accelerator.reduce(rows.sum(dim=1), reduction="sum").tolist()
+        counted = self._sums["train" if self.model.training else "eval"]
         for name, value in zip(values, sums, strict=True):
-            metrics[name].append(value / total if total else float("nan"))
+            total, count = counted.get(name, (0.0, 0.0))
+            counted[name] = (total + value, count + weight)
