@@ -15,10 +15,16 @@ from trl_cdr.training.train import TrainArguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DETAILS = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "examples" / "RESULTS.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", README + DETAILS, flags=re.DOTALL)
+
+
+def test_the_readme_is_for_the_newcomer():
+    assert README.count("\n") < 250
 
 
 def test_the_commands_are_what_ci_runs():
@@ -76,7 +82,7 @@ def test_the_yaml_is_read_to_the_last_key(tmp_path):
 
 
 def test_the_option_table_is_the_config():
-    table = re.findall(r"^\| (`.+?) \| (.+?) \|", README[README.index("## Options") :], flags=re.MULTILINE)
+    table = re.findall(r"^\| (`.+?) \| (.+?) \|", DETAILS[DETAILS.index("## Options") :], flags=re.MULTILINE)
     listed = {name.strip("` "): default for names, default in table for name in names.split(",")}
     fields = {field.name.removeprefix("cdr_"): field.default for field in dataclasses.fields(CDRConfig)}
     assert set(listed) == set(fields)
@@ -85,12 +91,20 @@ def test_the_option_table_is_the_config():
             assert ast.literal_eval(default.strip("`").replace('"', "'")) == fields[name], name
 
 
-def test_what_is_linked_is_there():
-    for target in re.findall(r"\]\((?!http|#)(.+?)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("document", ["README.md", "examples/README.md", "examples/RESULTS.md"])
+def test_what_is_linked_is_there(document):
+    folder, text = (ROOT / document).parent, (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)(.+?)\)", text):
+        path, _, anchor = target.partition("#")
+        linked = folder / path if path else ROOT / document
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, target
 
 
 def test_the_table_of_families_is_what_the_tests_see():
-    table = dict(re.findall(r"^\| ([^|]+?) \| (packed|padded) \|$", README, flags=re.MULTILINE))
+    table = dict(re.findall(r"^\| ([^|]+?) \| (packed|padded) \|$", RESULTS, flags=re.MULTILINE))
     listed = {family.strip(): way for names, way in table.items() for family in names.split(";")}
     assert listed == {family: way for family, (*_, way) in FAMILIES.items()}
