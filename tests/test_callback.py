@@ -288,3 +288,15 @@ def test_a_policy_that_scores_itself_is_refused(tmp_path, tokenizer, weak):
     trainer.add_callback(CDRCallback(reward))
     with pytest.raises(ConfigError, match="the policy is one of the models that cdr_reward scores with"):
         trainer.train()
+
+
+def test_a_reward_lets_go_of_the_trainers_that_it_served(tmp_path, reward, tokenizer):
+    """Else it would keep their policies, and they would go on counting."""
+    callbacks = []
+    for run in "ab":
+        trainer, _ = make("online_dpo", tmp_path / run, reward, tokenizer)
+        callbacks.append(CDRCallback(reward, trainer, log_completions=True))
+        trainer.add_callback(callbacks[-1])
+        trainer.train()
+    assert reward._observers == []
+    assert [callback._rows for callback in callbacks] == [[], []]

@@ -129,3 +129,12 @@ def test_a_model_of_several_types_that_can_run_does():
     norm = model.model.norm.float()
     norm.register_forward_hook(lambda module, args, output: output.to(torch.bfloat16))
     assert CausalLM(model, "strong").way() == ("packed", "")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_large_logits_are_no_verdict_on_a_model_in_half_precision(seed):
+    """A step of bfloat16 is half a nat there, whichever way it is rounded."""
+    model = llama(V).to(torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(16)
+    assert CausalLM(model, "strong", seed=seed).way() == ("packed", "")

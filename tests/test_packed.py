@@ -135,7 +135,17 @@ def test_only_what_recurs_is_kept_between_calls():
         assert not lm._packed._held
     layout = constant_layout(random_rows(0, num_prefix=45))
     lm.per_token_logps(layout, token_budget=60)
-    assert list(lm._packed._kept._states) == [layout.prefix]
+    assert [prefix for _, prefix in lm._packed._kept._states] == [layout.prefix]
+
+
+def test_what_is_kept_depends_on_the_size_of_forwards():
+    """Rewards that share a pair may have other budgets, and other chunks give other bits."""
+    layout = constant_layout(random_rows(0, num_prefix=57))
+    model = build_family("Llama")
+    lm, fresh = (CausalLM(model, "strong", prefix_cache_tokens=1000) for _ in range(2))
+    lm.per_token_logps(layout, token_budget=7)
+    results = [each.per_token_logps(layout, token_budget=4096) for each in (lm, fresh)]
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_the_least_recently_used_prefix_goes_first():
@@ -144,7 +154,7 @@ def test_the_least_recently_used_prefix_goes_first():
     lm = CausalLM(model, "strong", prefix_cache_tokens=100)
     for name in "aba" + "c":  # a was used after b, so that b makes room for c
         lm.per_token_logps(layouts[name], token_budget=4096)
-    assert list(lm._packed._kept._states) == [layouts["a"].prefix, layouts["c"].prefix]
+    assert [prefix for _, prefix in lm._packed._kept._states] == [layouts["a"].prefix, layouts["c"].prefix]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers.trainer
 from datasets import Dataset
 from tiny import TRAINING, chat, llama
@@ -19,6 +20,7 @@ from trl_cdr import (
     OnlinePreferenceConfig,
     OnlinePreferenceTrainer,
 )
+from trl_cdr.scoring import pair
 from trl_cdr.training.environment import EnvironmentReward
 from trl_cdr.training.provenance import PROVENANCE, labelling_section
 
@@ -91,7 +93,8 @@ def test_the_final_models_folder_and_card(name, has_callback, tmp_path, reward, 
     losses = {"online_dpo": "sigmoid", "online_preference": "simpo", "rloo": None}
     loss = losses.get(name, getattr(trainer.args, "loss_type", None))
     assert f"`{type(trainer).__name__}`{f' (loss `{loss}`)' if loss else ''} learnt from labels" in card
-    assert f"| strong | `{checkpoints['strong']}`, sha256 " in card
+    assert "| strong | `strong`, sha256 `" in card  # no path of this machine
+    assert checkpoints["strong"] not in card
     assert f"(SHA-256 `{CRITERIA.digest[:12]}`), domain: `column:kind` |" in card
 
 
@@ -160,7 +163,64 @@ def test_a_pair_with_revisions():
     }
     section = labelling_section([record], trainer="GRPOTrainer", loss="dapo")
     assert "`GRPOTrainer` (loss `dapo`) learnt from labels that trl-cdr 1.2.3 computed" in section
-    assert "| strong | `a/b`, commit c0ffee |\n| weak | `a/c` |\n| gate | typicality 2.0 |\n" in section
+    assert "| strong | `a/b`, commit `c0ffee` |\n| weak | `a/c` |\n| gate | typicality 2.0 |\n" in section
     assert "| criteria | `safety` (SHA-256 `0123456789ab`), domain: `safety` |\n" in section
     plain = record | {"criteria_sha256": None}
     assert "| criteria | none |" in labelling_section([plain], trainer="RLOOTrainer", loss=None)
+
+
+def test_no_secret_is_written_and_everything_is_json(tmp_path, tokenizer, checkpoints):
+    kwargs = {"token": "hf_secret", "dtype": torch.float32, "cache_dir": "/home/me"}
+    reward = CDRReward(**checkpoints, model_init_kwargs=kwargs, typicality=float("inf"))
+    trainer = make("grpo", tmp_path, reward, tokenizer)
+    trainer.train()
+    trainer.create_model_card(model_name="mine")
+    text = (tmp_path / PROVENANCE).read_text() + (tmp_path / "README.md").read_text()
+    assert "hf_secret" not in text
+    assert "/home/me" not in text
+    assert "Infinity" not in text
+    assert read(tmp_path)["config"]["cdr_model_init_kwargs"] == {"dtype": "torch.float32"}
+    assert "| gate | none: the plain ratio |" in text
+
+
+def test_a_model_is_saved_whatever_becomes_of_its_record(tmp_path, reward, tokenizer, monkeypatch, caplog):
+    trainer = make("grpo", tmp_path, reward, tokenizer)
+    trainer.train()
+    reward.scorer.unload()
+    monkeypatch.setattr(pair, "load_pair", None)  # it is not loaded again for this
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / PROVENANCE).mkdir()  # a folder: it can't be written
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+    assert "cdr_labeling.json can't be written into" in caplog.text
+
+
+def test_the_output_folder_of_the_moment(tmp_path, reward, tokenizer):
+    trainer = make("grpo", tmp_path / "a", reward, tokenizer)
+    trainer.train()
+    trainer.args.output_dir = str(tmp_path / "b")
+    trainer.save_model()
+    trainer.create_model_card(model_name="mine")
+    assert read(tmp_path / "b") == read(tmp_path / "a")
+    assert "## How it was labelled" in (tmp_path / "b" / "README.md").read_text()
+
+
+class Wrapper:
+    """A user's own reward function, with names that ours have, too."""
+
+    __name__ = "wrapper"
+
+    def __init__(self, reward):
+        self.reward = reward
+        self.scorer = None
+
+    def __call__(self, **kwargs):
+        return [2 * reward for reward in self.reward(**kwargs)]
+
+
+def test_a_users_function_that_holds_ours_is_not_ours(tmp_path, reward, tokenizer, monkeypatch):
+    """It does not expect None, and is no CDRReward."""
+    trainer = make("grpo", tmp_path, Wrapper(reward), tokenizer)
+    trainer.train_dataset = trainer.train_dataset.map(lambda row: row | {"kind": None})  # none can be scored
+    trainer.train()
+    assert read(tmp_path)["name"] == "cdr_reward"

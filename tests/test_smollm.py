@@ -39,10 +39,21 @@ def test_a_full_disk_leaves_nothing_behind(cache):
     def build(folder):
         folder.mkdir()
         (folder / "half").write_bytes(b"half")
+        raise ConfigError("no space left")
+
+    with pytest.raises(ConfigError, match="no space left"):
+        build_once("model", build)
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.real
+def test_a_disk_that_is_full_while_converting(cache, monkeypatch):
+    def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
     with pytest.raises(ConfigError, match="can't be written .*No space left.*Make room, or set TRL_CDR_CACHE"):
-        build_once("model", build)
+        smollm.build_smollm()
     assert list(cache.iterdir()) == []
 
 

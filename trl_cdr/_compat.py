@@ -42,6 +42,11 @@ def reward_functions(trainer: Any) -> list[Any]:
     return list(functions) if isinstance(functions, (list, tuple)) else []
 
 
+def cdr_reward(function: Any) -> Any:
+    """The `CDRReward` that a trainer's reward function is, or that the environment configures; None for others."""
+    return getattr(function, "_cdr_reward", None)
+
+
 def trainer_behind(log_metric: Any) -> Any:
     """The trainer whose bound method GRPO and RLOO hand to a reward function, the one way to it; else None."""
     owner = getattr(log_metric, "__self__", None)

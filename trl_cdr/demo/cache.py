@@ -23,7 +23,7 @@ def build_once(name: str, build: Callable[[Path], None], *, cache: bool = True) 
 
     Args:
         name (`str`): What the folder is called, before transformers' major version.
-        build (`Callable`): Makes the folder that it is given, and fills it.
+        build (`Callable`): Makes the folder that it is given, and fills it. What it raises is raised.
         cache (`bool`, *optional*, defaults to `True`): Take what is cached; `False` builds again and replaces it.
 
     Raises:
@@ -35,20 +35,19 @@ def build_once(name: str, build: Callable[[Path], None], *, cache: bool = True) 
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as scratch:
-            built = Path(scratch) / "built"
-            build(built)
-            if not cache and folder.is_dir():
-                folder.rename(Path(scratch) / "replaced")
-            try:
-                built.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was first, with the same recipe
-                    raise
+        scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-")
     except OSError as error:
-        raise ConfigError(
-            f"{str(folder)!r} can't be written ({error}). Make room, or set TRL_CDR_CACHE to another folder."
-        ) from error
+        raise _unwritable(folder, error) from error
+    with scratch as place:
+        built = Path(place) / "built"
+        build(built)
+        try:
+            if not cache and folder.is_dir():
+                folder.rename(Path(place) / "replaced")
+            built.rename(folder)
+        except OSError as error:
+            if not folder.is_dir():  # else another process was first, with the same recipe
+                raise _unwritable(folder, error) from error
     return folder
 
 
@@ -56,3 +55,7 @@ def _cache_folder() -> Path:
     if chosen := os.environ.get("TRL_CDR_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-cdr"
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{str(folder)!r} can't be written ({error}). Set TRL_CDR_CACHE to another folder.")

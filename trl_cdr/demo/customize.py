@@ -44,7 +44,8 @@ def run_customize(output_dir: str | Path, *, cache: bool = True) -> dict[str, An
         seed for `plain` and `conditioned`), `curves`, `settings`, `seconds`, `parts`, `versions`.
 
     Raises:
-        OSError: the output folder or the cache can't be written.
+        OSError: the output folder can't be written.
+        ConfigError: the cache can't.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

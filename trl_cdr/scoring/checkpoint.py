@@ -14,7 +14,6 @@ from transformers.utils import cached_file, extract_commit_hash
 from ..errors import ModelError
 from .loading import hub_kwargs, refuse_encoder_decoder
 
-_WEIGHTS = ("*.safetensors", "*.bin")
 # What else in a folder decides on the scores: architecture, end tokens, tokenizer and chat template.
 _READ_WHOLE = (
     *("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -74,7 +73,7 @@ def identify_weights(
         except Exception as error:  # as above
             raise _unreadable(name, role, error) from error
     digest = hashlib.sha256()
-    for patterns, read in ((_READ_WHOLE, Path.read_bytes), (_WEIGHTS, _read_blocks)):
+    for patterns, read in ((_READ_WHOLE, Path.read_bytes), (_weights(folder), _read_blocks)):
         for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
             content = read(path)
             digest.update(f"{path.name}\0{path.stat().st_size}\0{len(content)}\0".encode())
@@ -84,8 +83,14 @@ def identify_weights(
 
 def weights_mb(name: str) -> float | None:
     """The size of a folder's weights in 2**20 bytes; None where the name is no folder, or has none."""
-    sizes = [path.stat().st_size for pattern in _WEIGHTS for path in Path(name).expanduser().glob(pattern)]
+    folder = Path(name).expanduser()
+    sizes = [path.stat().st_size for pattern in _weights(folder) for path in folder.glob(pattern)]
     return sum(sizes) / 2**20 if sizes else None
+
+
+def _weights(folder: Path) -> tuple[str, ...]:
+    """Safetensors, which are what is loaded; where there are none, what `use_safetensors=False` would read."""
+    return ("*.safetensors",) if any(folder.glob("*.safetensors")) else ("pytorch_model*.bin",)
 
 
 def _unreadable(name: str, role: str, error: Exception) -> ModelError:

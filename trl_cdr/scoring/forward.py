@@ -18,6 +18,10 @@ from .packing import Layout, Pack, plan_batches
 
 # A larger batch no longer fits a CPU's caches (16 rows of 511 tokens take 10 % longer at once than in four batches).
 CPU_TOKENS = 2048
+# Eager attention makes a score of every two tokens for each head, and more of the same size in its softmax: 64 MiB in
+# float32 on a CPU, 256 MiB in bfloat16 on an accelerator.
+CPU_SCORES = 2**24
+ACCELERATOR_SCORES = 2**27
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +95,28 @@ class Decoder:
         """Tokens of one padded batch, at most."""
         return min(token_budget, CPU_TOKENS) if self.device.type == "cpu" else token_budget
 
+    @property
+    def scores(self) -> int | None:
+        """Scores of one layer's attention, at most, where it makes them all (eager), else None."""
+        if self.config._attn_implementation != "eager":
+            return None
+        return CPU_SCORES if self.device.type == "cpu" else ACCELERATOR_SCORES
+
     def hidden(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """(B, T) token ids -> (B, T, H) hidden states, as the head reads them."""
         hidden: Tensor = self.backbone(
-            input_ids=input_ids.to(self.device), return_dict=True, **{"use_cache": False, **kwargs}
+            input_ids=input_ids.to(self.device, non_blocking=True), return_dict=True, **{"use_cache": False, **kwargs}
         ).last_hidden_state
         return hidden
 
     def logps(self, hidden: Tensor, targets: Tensor, reduce: Reduce = token_logps) -> Tensor:
         """(N, H) hidden states and the (N,) tokens that they predict -> what `reduce` keeps, (N, ...) nats."""
         return head_logps(
-            hidden, targets.to(hidden.device), self._logits, vocab_size=self.config.vocab_size, reduce=reduce
+            hidden,
+            targets.to(hidden.device, non_blocking=True),
+            self._logits,
+            vocab_size=self.config.vocab_size,
+            reduce=reduce,
         )
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -156,6 +171,9 @@ class Padded:
     def plan(self, layout: Layout, token_budget: int) -> list[Job]:
         token_budget = self._decoder.batch_tokens(token_budget)
         lengths = [len(row.inputs) for row in layout.rows]
+        if self._decoder.scores is not None:  # rows x T x T of them for each head: rows x T at the longest T
+            entries = self._decoder.scores // int(self._decoder.config.num_attention_heads)
+            token_budget = min(token_budget, max(1, entries // max(1, layout.longest)))
         batches = [(batch, len(batch) * lengths[batch[0]]) for batch in plan_batches(lengths, token_budget)]
         return [Job(tuple(batch), num_tokens, num_tokens) for batch, num_tokens in batches]
 
@@ -172,6 +190,6 @@ class Padded:
             predicting += range(start + row.predicting.start, start + row.predicting.stop)
         targets = torch.tensor([token for row in rows for token in row.completion_ids])  # (N,)
         hidden = self._decoder.hidden(input_ids)  # (B, T, H)
-        # Places, not a mask of them: a device need not wait until it has counted.
-        hidden = hidden.flatten(0, 1)[torch.tensor(predicting, device=hidden.device)]  # (N, H)
+        # Places, not a mask of them, and copies that block nothing: the host need not wait for the device.
+        hidden = hidden.flatten(0, 1)[torch.tensor(predicting).to(hidden.device, non_blocking=True)]  # (N, H)
         return self._decoder.logps(hidden, targets, reduce)

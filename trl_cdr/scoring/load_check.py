@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from .encoding import Row
 from .forward import Decoder, Way
+from .logps import Reduce, token_logps
 from .packing import MIN_PREFIX, Layout
 
 # Largest difference, in nats per token, at which two ways to the same log-probability count as equal. Of the probe's 22
@@ -42,8 +43,10 @@ class LoadCheck:
 
     def __init__(self, own: Way, *, dtype: torch.dtype, num_ids: int, num_positions: int | None, seed: int) -> None:
         self._layout = _probe(min(num_ids, 256), num_positions, seed=seed)
-        self._tolerance = TOLERANCE.get(dtype, max(TOLERANCE.values()))
         self._expected = _run(own, self._layout, 1)
+        largest = float(_run(own, self._layout, 1, reduce=_largest_logit).max())
+        # A logit is rounded where the head writes it: two steps of its type may lie between two right ways.
+        self._tolerance = max(TOLERANCE.get(dtype, max(TOLERANCE.values())), 2 * torch.finfo(dtype).eps * largest)
 
     def differs(self, way: Way) -> str | None:
         """How the log-probabilities of a way differ from the model's own, or None if they don't."""
@@ -81,12 +84,16 @@ def short_windows(config: PretrainedConfig) -> Iterator[None]:
         config.sliding_window = window
 
 
-def _run(way: Way, layout: Layout, token_budget: int) -> Tensor:
+def _largest_logit(logits: Tensor, _targets: Tensor) -> Tensor:
+    return logits.float().nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=-1)
+
+
+def _run(way: Way, layout: Layout, token_budget: int, reduce: Reduce = token_logps) -> Tensor:
     """(N,) log-probabilities of all rows, in their order."""
     results: dict[int, Tensor] = {}
     for job in way.plan(layout, token_budget):
         counts = [len(layout.rows[index].completion_ids) for index in job.rows]
-        results |= dict(zip(job.rows, torch.split(way.run(layout, job).cpu(), counts), strict=True))
+        results |= dict(zip(job.rows, torch.split(way.run(layout, job, reduce).cpu(), counts), strict=True))
     return torch.cat([results[index] for index in range(len(layout.rows))])
 
 
@@ -101,10 +108,10 @@ def _probe(num_ids: int, num_positions: int | None, *, seed: int) -> Layout:
     prompts, completions = ((max(3, min(MIN_PREFIX + 9, room - num_prefix - 8)), 5), (4, 7))
     if room < 16:
         prompts, completions = (1, 2), (1, 2)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def draw(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(num_ids, (count,), generator=generator).tolist())
+        return tuple(torch.randint(num_ids, (count,), generator=generator, device="cpu").tolist())
 
     prefix = draw(num_prefix)
     return Layout([Row(prompt, draw(m)) for prompt in [prefix + draw(n) for n in prompts] for m in completions])

@@ -4,6 +4,7 @@ Runs nothing: `causal_lm` does. `pair` loads tokenizers.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -44,7 +45,9 @@ def load_model(
         config = AutoConfig.from_pretrained(name, **hub_kwargs(loading))
         refuse_encoder_decoder(config, role)
         cuda = [place.index or 0] if place.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):  # loading may draw; the trainer's numbers must not shift
+        # Loading may draw, and the trainer's numbers must not shift; nor does a default device say where it goes.
+        place_context = torch.device("cpu") if place.type == "cpu" else nullcontext()
+        with torch.random.fork_rng(devices=cuda), place_context:
             model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **loading)
     except ModelError:
         raise

@@ -18,6 +18,7 @@ from .packing import Layout, Pack, PackLimits, visible
 from .tree_attention import TreeAttention
 
 KeyValues = list[tuple[Tensor, Tensor]]  # a layer each: (1, heads, P, head size)
+PrefixKey = tuple[int, tuple[int, ...]]  # tokens of a forward, at most, and the prefix
 
 # Architectures that are compared with their own logits in the tests, windows shorter than the rows included. Others
 # may take our mask and positions and still count on a token's place in the sequence (GPT-Neo's local layers do).
@@ -28,10 +29,9 @@ VERIFIED = frozenset(
 # Its eager attention cuts a causal mask of so many places for each forward, whatever the positions are.
 _PLACES_ARE_COUNTED = {"gpt2"}
 
-# A pack's attention mask has (tokens run) x (tokens seen) entries, and eager attention as many scores for each head. On
-# an accelerator 4,096 tokens keep every processor busy, and their mask takes 32 MiB in bfloat16; eager scores 256 MiB.
+# A pack's attention mask has (tokens run) x (tokens seen) entries. On an accelerator 4,096 tokens keep every processor
+# busy, and their mask takes 32 MiB in bfloat16.
 _CPU_MASK, _MASK = 2**22, 2**24
-_CPU_EAGER, _EAGER = 2**24, 2**27
 # On a CPU products come near their full rate here, and attention grows with the pack. Where a pack's trees cost each
 # other nothing it may be more: two prompts x two completions take 10 % longer in packs of 640.
 _CPU_GOOD_TOKENS = 640
@@ -77,8 +77,10 @@ class Packed:
         masks = self._masks(pack, num_before)
         kwargs["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
         with self._attention(pack, masks):
-            hidden = self._decoder.hidden(pack.ids[None], position_ids=pack.positions[None].to(device), **kwargs)
-        hidden = hidden[0, pack.predicting.to(hidden.device)]  # (N, H)
+            hidden = self._decoder.hidden(
+                pack.ids[None], position_ids=pack.positions[None].to(device, non_blocking=True), **kwargs
+            )
+        hidden = hidden[0, pack.predicting.to(hidden.device, non_blocking=True)]  # (N, H)
         del masks  # neither it nor the cache is needed beside the logits
         kwargs.clear()
         return self._decoder.logps(hidden, pack.targets, reduce)
@@ -88,8 +90,8 @@ class Packed:
         decoder, config = self._decoder, self._decoder.config
         is_cpu = decoder.device.type == "cpu"
         entries = _CPU_MASK if is_cpu else _MASK
-        if config._attn_implementation == "eager":
-            entries = min(entries, (_CPU_EAGER if is_cpu else _EAGER) // config.num_attention_heads)
+        if decoder.scores is not None:
+            entries = min(entries, decoder.scores // config.num_attention_heads)
         if not is_cpu:
             good = token_budget
         elif self._attends_by_tree and set(attention_windows(config).values()) == {None}:
@@ -144,9 +146,10 @@ class Packed:
                 self._held = {layout.prefix: before} if before else {}  # one stem at a time
                 self._held[ids] = self._extend(before, len(layout.prefix), stem, chunk)
             else:
-                states = self._kept.get(ids) or self._extend([], 0, ids, chunk)
+                key = (chunk, ids)  # other chunks give other bits
+                states = self._kept.get(key) or self._extend([], 0, ids, chunk)
                 if layout.constant:
-                    self._kept.put(ids, states)
+                    self._kept.put(key, states)
                 self._held[ids] = states
         return self._held[ids]
 
@@ -156,7 +159,7 @@ class Packed:
         while start < len(ids):
             seen = num_before + start
             # Behind nothing, causal attention needs no mask; eager attention has its scores all the same.
-            needs_entries = seen > 0 or self._decoder.config._attn_implementation == "eager"
+            needs_entries = seen > 0 or self._decoder.scores is not None
             stop = start + (limits.most(seen) if needs_entries else chunk)
             self._decoder.hidden(torch.tensor([ids[start:stop]]), past_key_values=cache, use_cache=True)
             start = stop
@@ -168,19 +171,19 @@ class _PrefixStore:
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self._states: OrderedDict[tuple[int, ...], KeyValues] = OrderedDict()
+        self._states: OrderedDict[PrefixKey, KeyValues] = OrderedDict()
 
-    def get(self, ids: tuple[int, ...]) -> KeyValues | None:
-        states = self._states.get(ids)
+    def get(self, key: PrefixKey) -> KeyValues | None:
+        states = self._states.get(key)
         if states is not None:
-            self._states.move_to_end(ids)
+            self._states.move_to_end(key)
         return states
 
-    def put(self, ids: tuple[int, ...], states: KeyValues) -> None:
-        if len(ids) > self.max_tokens:
+    def put(self, key: PrefixKey, states: KeyValues) -> None:
+        if len(key[1]) > self.max_tokens:
             return
-        self._states[ids] = states
-        while sum(map(len, self._states)) > self.max_tokens:
+        self._states[key] = states
+        while sum(len(ids) for _, ids in self._states) > self.max_tokens:
             self._states.popitem(last=False)
 
     def clear(self) -> None:

@@ -196,7 +196,8 @@ class DensityRatioScorer:
         """As `route`, with the reason where there is no domain; `None` without criteria."""
         if self.router is None:
             return [None] * len(prompts) if domains is None else list(domains)
-        return self.router.route(prompts, domains, self._score_labels)
+        with self._source.lock:  # the router remembers
+            return self.router.route(prompts, domains, self._score_labels)
 
     def confusion(self, prompts: Sequence[Prompt], domains: Sequence[str]) -> dict[str, dict[str, int]]:
         """

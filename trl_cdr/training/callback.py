@@ -82,6 +82,7 @@ class CDRCallback(ProvenanceCallback):
             self.join(self._trainer)
             self._take_place()
             self.reward.observe(self._observe)
+        self._sums, self._rows, self._ready = {}, [], {}  # of a run that was stopped
         self._since, self._gathered_at = time.perf_counter(), state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -104,6 +105,7 @@ class CDRCallback(ProvenanceCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         self._gather(args, state)  # the last steps' completions; no log of theirs follows
         self._ready = {}
+        self.reward.unobserve(self._observe)  # the reward may outlive the trainer, and serve another
 
     def _check(self, policy: Any) -> None:
         name = self.reward.__name__
@@ -137,10 +139,10 @@ class CDRCallback(ProvenanceCallback):
         handler.callbacks = [*others[:place], self, *others[place:]]
 
     def _observe(self, call: Call) -> None:
+        self._sums = add_sums(self._sums, {"step_share": (call.seconds, 0.0)})
         if not self._trainer.model.training:
             return  # an evaluation's
-        by_domain = {f"rewards/{domain}": part for domain, part in domain_sums(call).items()}
-        self._sums = add_sums(self._sums, by_domain, {"step_share": (call.seconds, 0.0)})
+        self._sums = add_sums(self._sums, {f"rewards/{domain}": part for domain, part in domain_sums(call).items()})
         if self._is_online_dpo:
             self._sums = add_sums(self._sums, call_sums(call))
             if self._log_completions:

@@ -45,6 +45,11 @@ class EnvironmentReward:
     def __name__(self) -> str:
         return f"{os.environ.get('CDR_NAME') or CDRConfig.cdr_name}_reward"
 
+    @property
+    def _cdr_reward(self) -> CDRReward | None:
+        """What `_compat.cdr_reward` knows it by."""
+        return self.reward
+
     def __reduce__(self) -> tuple[type["EnvironmentReward"], tuple[()]]:
         return EnvironmentReward, ()
 

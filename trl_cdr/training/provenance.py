@@ -5,17 +5,20 @@
 
 import functools
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from .. import _compat
+from ..config import shareable_options
 
 if TYPE_CHECKING:
     from .reward import CDRReward
+
+logger = logging.getLogger(__name__)
 
 PROVENANCE = "cdr_labeling.json"
 
@@ -26,6 +29,9 @@ class ProvenanceCallback(TrainerCallback):  # type: ignore[misc]
     pushed, and into every checkpoint; once it has joined a trainer, also into other folders that the model is saved to,
     and a section into the model cards.
 
+    What labels is asked once, when its pair is loaded. A record that can't be written is a warning: it stands before no
+    save and no push of a model.
+
     Args:
         reward (`CDRReward`): What labels; of a trainer that it has joined, all such rewards are recorded.
     """
@@ -33,33 +39,35 @@ class ProvenanceCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, reward: "CDRReward") -> None:
         self.reward = reward
         self._joined: Any = None
+        self._records: list[dict[str, Any]] = []
 
     def join(self, trainer: Any) -> None:
         """Record all rewards of a trainer from now on, wherever it saves the model and in its model cards."""
+        self._records = [provenance(reward) for reward in self._rewards(trainer)]
+        if trainer.is_world_process_zero():
+            self._write(Path(trainer.args.output_dir))
         if self._joined is trainer:
             return
         self._joined = trainer
-        home = Path(trainer.args.output_dir)
-        if trainer.is_world_process_zero():
-            self._write(home)
         # No event comes between a save, or a card, and its upload, and none tells of a model saved elsewhere.
         save, write = trainer.save_model, trainer.create_model_card
 
         @functools.wraps(save)
         def save_model(output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
             if trainer.args.should_save:
-                self._write(home if output_dir is None else Path(output_dir))
+                self._write(Path(output_dir or trainer.args.output_dir))
             save(output_dir, *args, **kwargs)
 
         @functools.wraps(write)
         def create_model_card(*args: Any, **kwargs: Any) -> None:
             write(*args, **kwargs)
             if trainer.is_world_process_zero():
-                self._describe(home / "README.md")
+                self._describe(Path(trainer.args.output_dir) / "README.md")
 
         trainer.save_model, trainer.create_model_card = save_model, create_model_card
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        self._records = self._records or [provenance(self.reward)]
         if state.is_world_process_zero:
             self._write(Path(args.output_dir))
 
@@ -67,22 +75,30 @@ class ProvenanceCallback(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-    def _records(self) -> list[dict[str, Any]]:
-        functions = [getattr(function, "reward", function) for function in _compat.reward_functions(self._joined)]
-        rewards = [function for function in functions if hasattr(function, "scorer")]
-        return [provenance(reward) for reward in (rewards if self.reward in rewards else [self.reward, *rewards])]
+    def _rewards(self, trainer: Any) -> list["CDRReward"]:
+        found = [_compat.cdr_reward(function) for function in _compat.reward_functions(trainer)]
+        rewards = [reward for reward in found if reward is not None]
+        return rewards if self.reward in rewards else [self.reward, *rewards]
 
     def _write(self, folder: Path) -> None:
-        first, *others = self._records()
-        folder.mkdir(parents=True, exist_ok=True)
+        first, *others = self._records
         text = json.dumps(first | ({"others": others} if others else {}), indent=2)
-        (folder / PROVENANCE).write_text(text + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            scratch = folder / f".{PROVENANCE}"
+            scratch.write_text(text + "\n", encoding="utf-8")
+            scratch.replace(folder / PROVENANCE)
+        except OSError as error:
+            logger.warning("%s can't be written into %s: %s.", PROVENANCE, folder, error)
 
     def _describe(self, card: Path) -> None:
-        section = labelling_section(self._records(), trainer=type(self._joined).__name__, loss=_loss(self._joined.args))
-        text = card.read_text(encoding="utf-8")
-        if section not in text:
-            card.write_text(f"{text.rstrip()}\n\n{section}", encoding="utf-8")
+        section = labelling_section(self._records, trainer=type(self._joined).__name__, loss=_loss(self._joined.args))
+        try:
+            text = card.read_text(encoding="utf-8")
+            if section not in text:
+                card.write_text(f"{text.rstrip()}\n\n{section}", encoding="utf-8")
+        except OSError as error:
+            logger.warning("%s does not say how the model was labelled: %s.", card, error)
 
 
 def provenance(reward: "CDRReward") -> dict[str, Any]:
@@ -91,7 +107,7 @@ def provenance(reward: "CDRReward") -> dict[str, Any]:
     described = reward.scorer.describe()
     return {
         "name": reward.__name__,
-        "config": asdict(reward.config),
+        "config": shareable_options(reward.config),
         "models": {
             role: {key: described[role][key] for key in ("name", "weights", "dtype", "way")}
             for role in ("strong", "weak")
@@ -114,15 +130,18 @@ def labelling_section(records: Sequence[dict[str, Any]], *, trainer: str, loss: 
     for record in records:
         config, models = record["config"], record["models"]
         for role in ("strong", "weak"):
-            weights = models[role]["weights"]
-            rows[role].append(f"`{models[role]['name']}`" + (f", {weights[:60]}" if weights else ""))
-        gate = config["cdr_typicality"]
+            rows[role].append(f"`{_public(models[role]['name'])}`")
+            if models[role]["weights"]:
+                kind, digest = models[role]["weights"].split(" ")
+                rows[role][-1] += f", {kind} `{digest[:12]}`"
+        gate = float(config["cdr_typicality"])
         rows["gate"].append("none: the plain ratio" if gate == float("inf") else f"typicality {gate}")
         criteria = "none"
         if record["criteria_sha256"] is not None:
             rule = config["cdr_router"] or config["cdr_domain"]
             digest = record["criteria_sha256"][:12]
-            criteria = f"`{config['cdr_criteria']}` (SHA-256 `{digest}`)" + (f", domain: `{rule}`" if rule else "")
+            criteria = f"`{_public(config['cdr_criteria'])}` (SHA-256 `{digest}`)"
+            criteria += f", domain: `{rule}`" if rule else ""
         rows["criteria"].append(criteria)
     names = " | ".join(f"`{record['name']}`" for record in records)
     table = "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())
@@ -134,6 +153,11 @@ def labelling_section(records: Sequence[dict[str, Any]], *, trainer: str, loss: 
         f"`{PROVENANCE}`.\n\n"
         f"| | {names} |\n|---|{'---|' * len(records)}\n{table}\n"
     )
+
+
+def _public(name: str) -> str:
+    """A name as a model card may show it: of a path of this machine the last part."""
+    return Path(name).name if Path(name).expanduser().exists() else name
 
 
 def _loss(args: Any) -> str | None:

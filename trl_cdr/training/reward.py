@@ -172,6 +172,16 @@ class CDRReward:
         if observer not in self._observers:
             self._observers.append(observer)
 
+    def unobserve(self, observer: Callable[[Call], None]) -> None:
+        """Let go of an observer."""
+        if observer in self._observers:
+            self._observers.remove(observer)
+
+    @property
+    def _cdr_reward(self) -> "CDRReward":
+        """What `_compat.cdr_reward` knows it by."""
+        return self
+
     def _meet(self, trainer: Any) -> None:
         """Once for each trainer, on every process: check what it brings, learn its tokenizer, leave the record."""
         if self._met is not None and self._met() is trainer:
@@ -191,7 +201,7 @@ class CDRReward:
         if self.config.cdr_on_unscorable != "auto":
             return self.config.cdr_on_unscorable
         # A function that calls this one may not expect None.
-        is_asked = any(getattr(function, "reward", function) is self for function in _compat.reward_functions(trainer))
+        is_asked = any(_compat.cdr_reward(function) is self for function in _compat.reward_functions(trainer))
         return "none" if is_asked and _compat.skips_missing_rewards(trainer) else "floor"
 
     def _report(self, call: Call, log_metric: Any, log_extra: Any) -> None:
