@@ -11,6 +11,7 @@ from trl_cdr.scoring import packed as module
 from trl_cdr.scoring import tree_attention
 from trl_cdr.scoring.causal_lm import CausalLM
 from trl_cdr.scoring.encoding import Row
+from trl_cdr.scoring.forward import Decoder
 from trl_cdr.scoring.packed import VERIFIED, Packed
 from trl_cdr.scoring.packing import Layout
 
@@ -178,10 +179,22 @@ def test_a_long_prompt_is_run_once(by_tree, attention, monkeypatch):
     assert_naive(model, LONG, in_chunks)
 
 
+class Elsewhere(Decoder):
+    """A model as it would be in bfloat16 on a device that is not here: what the size of a pack depends on."""
+
+    dtype = torch.bfloat16
+    device = None
+
+    def __init__(self, kind):
+        model = build_family("Llama")
+        super().__init__(model, model.config)
+        self.device = torch.device(kind)
+
+
 @pytest.mark.parametrize("prompt", [500, 1000, 2000, 4000, 8000])
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_planned_tokens_are_close_to_unique_ones(prompt, kind):
-    limits = Packed(FakeDecoder(kind), prefix_cache_tokens=0).limits(8192)
+    limits = Packed(Elsewhere(kind), prefix_cache_tokens=0).limits(8192)
     rows = [Row((first, *[1] * (prompt - 1)), (second,) * 200) for first in range(2) for second in range(8)]
     unique = 2 * prompt + 16 * 199
     packs = Layout(rows).packs(limits)
@@ -190,18 +203,8 @@ def test_planned_tokens_are_close_to_unique_ones(prompt, kind):
     assert all(len(pack.ids) * (len(pack.stem) + len(pack.ids)) <= limits.entries for pack in packs)
 
 
-class FakeDecoder:
-    """What the size of a pack depends on, for a device that is not here."""
-
-    dtype = torch.bfloat16
-
-    def __init__(self, kind):
-        self.device = torch.device(kind)
-        self.config = build_family("Llama").config
-
-
 def test_an_accelerator_gets_larger_packs():
-    cpu, gpu = (Packed(FakeDecoder(kind), prefix_cache_tokens=0).limits(8192) for kind in ("cpu", "cuda"))
+    cpu, gpu = (Packed(Elsewhere(kind), prefix_cache_tokens=0).limits(8192) for kind in ("cpu", "cuda"))
     assert gpu.most(0) == 4096
     assert gpu.good_tokens == 8192
     assert cpu.most(0) == 2048

@@ -60,7 +60,7 @@ def test_a_disk_that_is_full_while_converting(cache, monkeypatch):
 def test_a_cache_that_can_not_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRL_CDR_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(ConfigError, match="can't be written .*set TRL_CDR_CACHE to another folder"):
+    with pytest.raises(ConfigError, match="can't be written .*Set TRL_CDR_CACHE to another folder"):
         build_once("model", lambda folder: folder.mkdir())
 
 

@@ -97,6 +97,17 @@ def test_other_calls_are_left_alone(change):
         assert torch.equal(scaled_dot_product_attention(query[:, :, rows], key, value, attn_mask=other), expected)
 
 
+def test_queries_that_are_no_tokens_of_the_pack_are_left_alone():
+    """Of a single token transformers 5 makes the heads of a group queries of one head."""
+    (pack,) = plan_packs([Row((0, 0, 0, 1), (2,))], PackLimits(100, 10**6, 100), num_prefix=3)
+    mask = torch.zeros(1, 1, 1, 4)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, HEADS, n, SIZE, generator=generator) for n in (2, 4, 4))
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    with TreeAttention(pack, mask):
+        assert torch.equal(scaled_dot_product_attention(query, key, value, attn_mask=mask), expected)
+
+
 @pytest.mark.parametrize("num_prefix", [0, 40])
 def test_the_engine_attends_by_trees_where_it_can(num_prefix, monkeypatch):
     # A completion whose tokens have no numbers would reach the other through a weight of 0.

@@ -22,7 +22,7 @@ from .load_check import FAILURES, LoadCheck, ignores_positions, short_windows
 from .loading import load_model, refuse_encoder_decoder
 from .logps import Reduce, logits_per_chunk, token_logps
 from .packed import Packed, attention_windows, why_not_packed
-from .packing import MIN_PREFIX, Layout
+from .packing import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -296,9 +296,9 @@ class CausalLM:
         clear_device_cache()
         longest = max(len(layout.rows[index].ids) for index in job.rows)
         what = f"{self._role} ({self.name}) ran out of memory on {len(job.rows)} rows of up to {longest} tokens"
-        if way is self._packed and self._padded is not None and (len(job.rows) == 1 or job.width < 2 * MIN_PREFIX):
-            # Smaller packs would not help: what stands before them is too large. Padded rows keep no keys and values.
-            self._longest_packed = longest - 1
+        if way is self._packed and self._padded is not None and (len(job.rows) == 1 or job.width == 1):
+            # Smaller packs do not help: what stands before them is too large. Padded rows keep no keys and values.
+            self._longest_packed, self._most_tokens = longest - 1, None
             logger.warning("%s: from here on rows of %d tokens and more are padded.", what, longest)
             return self._padded
         self._most_tokens = max(1, job.width // 2)

@@ -20,7 +20,8 @@ class TreeAttention(TorchFunctionMode):
     A token sees the whole prefix, the whole prompt and, causally, what stands before it in its own branch. Each of the
     three is attended to apart, and their outputs are averaged by the sums of exponentials behind them, which makes it
     the softmax over all (online softmax, arXiv 1805.02867). A call under another mask (a sliding window's, or one to
-    which a bias was added) is left alone.
+    which a bias was added) is left alone, and so is one whose queries are not the pack's tokens (of a single token
+    transformers 5 makes the heads of a group queries).
 
     Args:
         pack (`Pack`): Q tokens.
@@ -50,6 +51,7 @@ class TreeAttention(TorchFunctionMode):
             attn_mask is not None
             and attn_mask.data_ptr() == self._mask.data_ptr()
             and attn_mask.shape == self._mask.shape
+            and (query.shape[2], key.shape[2]) == attn_mask.shape[2:]
             and query.shape[:2] == key.shape[:2] == value.shape[:2]  # heads are not grouped
             and query.shape[3] == value.shape[3]
         )
