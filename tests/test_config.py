@@ -1,6 +1,7 @@
 """Every option: names, defaults, types from YAML and from the command line, and what is refused."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from trl_cdr import CDRConfig, CDRReward, ConfigError
+from trl_cdr.config import shareable_options
 
 NAMES = {
     "cdr_strong": dataclasses.MISSING,
@@ -141,6 +143,22 @@ def test_parses_beside_a_trainers_config_from_yaml(tmp_path):
     path.write_text(yaml.safe_dump({**options, "cdr_max_length": 64.5}))  # the parser lets it through
     with pytest.raises(ConfigError, match="cdr_max_length is 64.5"):
         parse(*COMMON, "--config", str(path))
+
+
+def test_what_may_be_stored_of_a_config():
+    """No secret, nothing of one machine, and JSON as the standard has it."""
+    local = {"token": "hf_secret", "cache_dir": "/home/me", "local_files_only": True}
+    shared = {"dtype": torch.bfloat16, "sizes": (1, float("nan")), "of": {1: None}}
+    config = CDRConfig("a", "b", cdr_typicality=float("inf"), cdr_model_init_kwargs=local | shared)
+    stored = shareable_options(config)
+    assert stored == dataclasses.asdict(config) | {
+        "cdr_typicality": "inf",
+        "cdr_model_init_kwargs": {"dtype": "torch.bfloat16", "sizes": [1, "nan"], "of": {"1": None}},
+    }
+    assert json.loads(json.dumps(stored, allow_nan=False)) == stored == shareable_options(stored)
+    assert config.cdr_model_init_kwargs == local | shared
+    assert shareable_options(CDRConfig("a", "b", cdr_model_init_kwargs=local)) == shareable_options(CDRConfig("a", "b"))
+    assert shareable_options({"other": 1}) == {"other": 1}
 
 
 def test_the_config_needs_no_torch():

@@ -175,6 +175,22 @@ def test_an_option_that_changes_no_score_is_not(score, checkpoints):
     assert {field.name for field in fields(CDRConfig)} >= WITHOUT_EFFECT
 
 
+def test_a_token_is_neither_written_nor_compared(score, out, tmp_path):
+    """Nor where the models are kept; a folder of an earlier version may hold them, and infinity as JSON has it not."""
+    local = {"token": "hf_secret", "cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    whole = score(cdr_model_init_kwargs=local, cdr_typicality=float("inf"))
+    text = (out / "options.json").read_text()
+    assert not [name for name in ('"token"', "cache_dir", "local_files_only", "hf_secret", "Infinity") if name in text]
+    assert score(cdr_typicality=float("inf")) == whole
+    before = json.loads(text) | {"cdr_model_init_kwargs": local, "cdr_typicality": float("inf")}
+    write_json(out / "options.json", before)
+    assert score(cdr_model_init_kwargs={"token": "hf_rotated"}, cdr_typicality=float("inf")) == whole
+    with pytest.raises(ConfigError, match="cdr_model_init_kwargs=None, and now it is {'attn_implementation': 'eager'}"):
+        score(
+            cdr_model_init_kwargs={"token": "hf_rotated", "attn_implementation": "eager"}, cdr_typicality=float("inf")
+        )
+
+
 def test_a_second_process_is_refused(score, out, monkeypatch):
     real = DensityRatioScorer.score
 

@@ -4,6 +4,8 @@ Neighbours: `scoring.scorer` and `training.reward` take the same options as keyw
 """
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -27,6 +29,8 @@ PAIR_OPTIONS = (
 )
 """The options, without prefix, that say what the pair is and how it reads. Scorers that share a pair share these."""
 
+# Of `from_pretrained`: whose machine it is and who asks, not which models.
+_LOCAL_ARGUMENTS = {"token", "cache_dir", "local_files_only"}
 # Of `apply_chat_template`, and ours to set.
 _TEMPLATE_ARGUMENTS = {
     "add_generation_prompt",
@@ -255,6 +259,35 @@ class CDRConfig:
             if device == args.device.type != "cpu":
                 options["dtype"] = "bfloat16"
         return options
+
+
+def shareable_options(config: CDRConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The options as JSON takes them and everyone may read them, to be stored beside what they made.
+
+    Args:
+        config (`CDRConfig` or `Mapping`): A config, or what was stored of one, with anything else beside it.
+
+    Returns:
+        `dict`: under the same names; `cdr_model_init_kwargs` without `token`, `cache_dir` and `local_files_only`, and
+        None where it has nothing else. What JSON has no word for (inf, NaN, objects) is its `str`.
+    """
+    shared: dict[str, Any] = _as_json(config if isinstance(config, Mapping) else vars(config))
+    kwargs = shared.get("cdr_model_init_kwargs")
+    if isinstance(kwargs, dict):
+        kept = {name: value for name, value in kwargs.items() if name not in _LOCAL_ARGUMENTS}
+        shared["cdr_model_init_kwargs"] = kept or None
+    return shared
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(each) for each in value]
+    if value is None or isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
 
 
 def _parse_mapping(name: str, value: Any) -> Any:

@@ -8,14 +8,14 @@ import json
 import math
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
-from ..config import CDRConfig
+from ..config import CDRConfig, shareable_options
 from ..errors import ConfigError, InputError
 from ..scoring.checkpoint import identify_weights
 from ..scoring.score import Score
@@ -97,7 +97,7 @@ def _read_options(scorer: DensityRatioScorer) -> dict[str, Any]:
     init_kwargs: Any = config.cdr_model_init_kwargs
     template = config.cdr_chat_template
     return {
-        **asdict(config),
+        **shareable_options(config),
         "strong_weights": identify_weights(
             config.cdr_strong, "strong", revision=config.cdr_strong_revision, init_kwargs=init_kwargs
         ),

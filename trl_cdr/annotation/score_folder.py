@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..config import shareable_options
 from ..errors import ConfigError
 
 _ELSEWHERE = "Pass another output_dir, or remove this one."
@@ -109,6 +110,7 @@ def check_options(folder: Path, options: Mapping[str, Any]) -> None:
         before = json.loads(path.read_bytes())
         if not isinstance(before, dict):
             raise ValueError("it holds no JSON object")
+        before = shareable_options(before)  # an earlier version stored all of them
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{str(path)!r} says what the scores beside it were made with, and can't be read: {error}. {_ELSEWHERE}"
