@@ -135,6 +135,8 @@ def test_a_bad_line_is_named_and_nothing_is_scored(arguments, tmp_path, capsys, 
 
 def test_what_can_not_be_parsed(arguments, tmp_path, capsys):
     assert "unknown arguments: cdr_foo. trl-cdr score --help" in fails(capsys, [*arguments, "--cdr_foo", "3"])
+    for name in ("output_dir", "cdr_strong"):  # --no_NAME is of what is true by default
+        assert f"unknown arguments: no_{name} (did you mean {name}?)" in fails(capsys, [*arguments, f"--no_{name}"])
     assert "unknown arguments: 3, which follow no name" in fails(capsys, [*arguments, "3"])
     assert "invalid choice: 'max'" in fails(capsys, [*arguments, "--cdr_reduction", "max"])
     assert "batch_size is 0" in fails(capsys, [*arguments, "--batch_size", "0"])

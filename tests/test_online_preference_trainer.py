@@ -283,12 +283,14 @@ def test_a_completion_without_a_token_of_its_own_makes_no_pair(tmp_path, policy,
         logprobs = [[-1.0] * 2] * len(prompts)
         return {"prompt_ids": ids, "completion_ids": written, "logprobs": logprobs, "env_mask": marks}
 
-    trainer = make(tmp_path, policy, tokenizer, trainer={"rollout_func": write}, max_steps=1)
+    trainer = make(tmp_path, policy, tokenizer, trainer={"rollout_func": write}, max_steps=1, log_completions=True)
     trainer.train()
     [log] = logs_of(trainer)
     assert log["pairs/missing"] == log["pairs/used"] == 0.5
     assert math.isfinite(log["loss"])
     assert log["pairs/rejected_tokens"] == 2
+    [file] = (tmp_path / "completions").iterdir()
+    assert pq.read_table(file)["pair"].to_pylist() == [*[""] * 4, "rejected", "", "", "chosen"]
 
 
 def test_a_random_other_is_drawn_anew_in_each_group(tmp_path, policy, tokenizer):
@@ -607,7 +609,7 @@ def test_a_trl_that_it_was_not_tested_with_is_refused(tmp_path, policy, monkeypa
             raise NotImplementedError
 
     class Asking(GRPOTrainer):
-        def _log_completion_extra(self, column, values, unit):
+        def log(self, logs, start_time, unit):
             raise NotImplementedError
 
     class Other(GRPOTrainer):
@@ -618,7 +620,7 @@ def test_a_trl_that_it_was_not_tested_with_is_refused(tmp_path, policy, monkeypa
         _compat.check_grpo(Renamed)
     with pytest.raises(ConfigError, match=r"Shorter.compute_loss takes other arguments than \['model', 'inputs', 'ret"):
         _compat.check_grpo(Shorter)
-    with pytest.raises(ConfigError, match=r"Asking._log_completion_extra takes other arguments"):
+    with pytest.raises(ConfigError, match=r"Asking.log takes other arguments"):
         _compat.check_grpo(Asking)
     with pytest.raises(ConfigError, match=r"Other._generate_and_score_completions takes other arguments"):
         _compat.check_grpo(Other)
@@ -636,6 +638,35 @@ def test_a_trl_that_can_more_is_taken():
             raise NotImplementedError
 
     _compat.check_grpo(Longer)
+
+
+def test_what_a_later_trl_hands_over_goes_on_to_it(tmp_path, policy, tokenizer):
+    """Each overridden method is called with an argument more, and its base takes it: a step, a log, an evaluation."""
+    names = ("_generate_and_score_completions", "_calculate_rewards", "compute_loss", "log")
+    seen = []
+
+    def taking(name):
+        def method(self, *args, new, **kwargs):
+            seen.append((name, new))
+            return getattr(GRPOTrainer, name)(self, *args, **kwargs)
+
+        return method
+
+    def passing(name):
+        def method(self, *args, **kwargs):
+            return getattr(OnlinePreferenceTrainer, name)(self, *args, new=len(args), **kwargs)
+
+        return method
+
+    later = type("Later", (GRPOTrainer,), {name: taking(name) for name in names})
+    kind = type("Passing", (OnlinePreferenceTrainer, later), {name: passing(name) for name in names})
+    trainer = make(tmp_path, policy, tokenizer, kind=kind, max_steps=1)
+    trainer.train()
+    assert math.isfinite(logs_of(trainer)[0]["loss"])
+    assert {name for name, _ in seen} == {*names} - {"compute_loss"}  # whose loss is not the base's
+    seen.clear()
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    assert {name for name, _ in seen} == {*names} - {"compute_loss"}
 
 
 def test_a_batch_of_another_shape_is_refused():

@@ -1,5 +1,7 @@
 """Objectives on one pair and rewards by name; what is refused stands in test_train, as YAML."""
 
+import sys
+
 import pytest
 from trl import GRPOConfig
 from trl.rewards import think_format_reward
@@ -46,6 +48,25 @@ def test_what_is_no_reward_function(name):
 def test_the_names_that_there_are():
     with pytest.raises(ConfigError, match="one of TRL's own: .*think_format_reward.$"):
         find_reward("think_reward")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        (".foo.bar", "", "TypeError: "),
+        ("broken.reward", "def reward(:", r"SyntaxError: .*broken.py, line 1"),
+        ("broken.reward", "raise RuntimeError('no\\nGPU')", "RuntimeError: no GPU"),
+        ("broken.reward", "", "AttributeError: module 'broken' has no attribute 'reward'"),
+        ("no.such", "", "ModuleNotFoundError: No module named 'no'"),
+    ],
+)
+def test_a_module_that_fails(name, content, reason, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    with pytest.raises(ConfigError, match=rf"^reward_funcs has {name!r}, which can't be imported \({reason}") as caught:
+        find_reward(name)
+    assert "\n" not in str(caught.value)
 
 
 def test_two_of_one_name(args, checkpoints):

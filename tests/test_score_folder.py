@@ -1,12 +1,10 @@
 """What a folder of scores refuses: other weights or options, lines that are no scores, a second process."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 
 import pytest
@@ -138,6 +136,22 @@ def test_the_remedy_of_a_branch_that_moved(out):
 
 
 @pytest.mark.parametrize(
+    ("then", "message"),
+    [
+        ({}, "out' holds scores, and does not say which weights of strong they are by: .* Pass another output_dir"),
+        ({"strong_weights": "commit None"}, "was commit None, and 'a/b' is commit 456. Pass another output_dir"),
+        ({"strong_weights": "sha256 123"}, "was sha256 123, and 'a/b' is commit 456. Pass another output_dir"),
+    ],
+)
+def test_weights_that_no_revision_names(then, message, out):
+    out.mkdir()
+    (out / "scores.jsonl").write_text("{}\n")
+    write_json(out / "options.json", {"cdr_strong": "a/b"} | then)
+    with pytest.raises(ConfigError, match=message):
+        check_options(out, {"cdr_strong": "a/b", "strong_weights": "commit 456"})
+
+
+@pytest.mark.parametrize(
     ("option", "message"),
     [
         ({"cdr_reduction": "mean"}, "cdr_reduction='sum', and now it is 'mean'"),
@@ -205,19 +219,32 @@ def test_a_second_process_is_refused(score, out, monkeypatch):
     score()
 
 
+# `trl-cdr` with a process that is killed when it comes to its third batch.
+KILLED = """
+import os, signal
+from trl_cdr.cli import main
+from trl_cdr.scoring.scorer import DensityRatioScorer
+
+real, batches = DensityRatioScorer.score, []
+
+def score(self, *args, **kwargs):
+    batches.append(args)
+    if len(batches) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *args, **kwargs)
+
+DensityRatioScorer.score = score
+main()
+"""
+
+
 @pytest.mark.slow
 def test_kill_minus_nine(score, out, tmp_path, pair):
-    """A lock and a torn file that a killed process leaves behind stop nobody."""
-    rows = ROWS * 40
-    whole = score(rows)
+    """A lock and half a file that a killed process leaves behind stop nobody."""
+    whole = score()
     (out / "scores.jsonl").unlink()
-    command = [sys.executable, "-m", "trl_cdr", "score", "--input", tmp_path / "rows.jsonl", "--output_dir", out]
+    command = [sys.executable, "-c", KILLED, "score", "--input", tmp_path / "rows.jsonl", "--output_dir", out]
     command += ["--batch_size", "4", "--cdr_strong", pair["strong"], "--cdr_weak", pair["weak"]]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not ((out / "scores.jsonl").exists() and (out / "scores.jsonl").stat().st_size):
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    left = (out / "scores.jsonl").read_bytes()
-    assert 0 < len(left) < len(whole)
-    assert score(rows) == whole
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert (out / "scores.jsonl").read_bytes() == b"".join(whole.splitlines(keepends=True)[:8])
+    assert score() == whole

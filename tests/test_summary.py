@@ -39,6 +39,14 @@ def test_online_dpo_and_a_run_without_logs():
     assert changes([], rewards=["a_reward"], objectives=["a"]) == []
 
 
+def test_intervals_without_a_value():
+    """TRL logs None where no reward was a number, and a run may have no other."""
+    nothing = {"reward": None, "rewards/a_reward/mean": None, "rewards/b_reward/mean": None, "eval_reward": None}
+    names = {"rewards": ["a_reward", "b_reward"], "objectives": ["a"]}
+    assert changes([nothing, *HISTORY, nothing], **names) == changes(HISTORY, **names)
+    assert changes([nothing], **names) == []
+
+
 def test_places(tmp_path):
     assert places(tmp_path) == [("model", str(tmp_path)), ("log", f"{tmp_path}/trainer_state.json")]
     for name in ("checkpoint-9", "checkpoint-10", "completions"):

@@ -13,7 +13,8 @@ import yaml
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from tiny import TRAINING, answer, chat, llama
-from trl import ModelConfig, ScriptArguments
+from transformers import Trainer
+from trl import GRPOTrainer, ModelConfig, ScriptArguments
 
 from trl_cdr import CDRConfig, ConfigError, InputError
 from trl_cdr.cli import _OFTEN, main
@@ -126,6 +127,7 @@ def test_the_reward_follows_the_trainer(name, tmp_path):
 
 def test_the_command_line_goes_before_yaml(options, run):
     arguments = ["--trainer", "rloo", "--max_steps", "1", "--cdr_chat_template_kwargs", '{"enable_thinking": false}']
+    arguments += ["--no_dataloader_pin_memory"]
     _, steps, logged = run({**options, "trainer": "online_dpo", **TRAINERS["rloo"]}, *arguments)
     assert steps == 1
     assert "rewards/cdr_reward/mean" in logged
@@ -286,6 +288,29 @@ def test_a_pair_without_a_tokenizer(options, refused, tmp_path):
         path.unlink()
     options |= {**TRAINERS["grpo"], "cdr_weak": str(folder), "dataset_name": "no/such.jsonl"}
     assert "the tokenizer of cdr_weak can't be loaded from " in refused(options)
+
+
+def test_the_policys_init_kwargs_say_where_it_is(options, run, tmp_path):
+    """Before it is loaded, when it is, and for its tokenizer, which is ours to load for online DPO."""
+    shutil.copytree(options["model_name_or_path"], tmp_path / "policies" / "first")
+    options |= {"trainer": "online_dpo", **TRAINERS["online_dpo"], "max_steps": 1}
+    options |= {"model_name_or_path": str(tmp_path / "policies"), "model_init_kwargs": {"subfolder": "first"}}
+    _, steps, _ = run(options)
+    assert steps == 1
+
+
+def test_the_push_comes_before_the_summary(options, run, tmp_path, monkeypatch):
+    """And names no data set that is a file here."""
+    done = []
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(GRPOTrainer, "push_to_hub", lambda self, **kwargs: done.append(kwargs))
+    monkeypatch.setattr("trl_cdr.training.train.print_summary", lambda trainer, kind: done.append(kind))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options |= {"push_to_hub": True, "dataset_name": "~/data/prompts.jsonl", "max_steps": 1, **TRAINERS["grpo"]}
+    run(options)
+    *before, last = done
+    assert (before[-1], last) == ({"dataset_name": None}, "grpo")
+    assert "grpo" not in before
 
 
 def test_online_dpo_can_not_evaluate(options, refused):

@@ -18,7 +18,6 @@ _PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenize
 _GRPO_METHODS = {
     "_generate_and_score_completions": ["inputs"],
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
-    "_log_completion_extra": ["column", "values"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "log": ["logs", "start_time"],
 }
@@ -91,8 +90,8 @@ def end_training(trainer: Any) -> None:
 
 def check_grpo(trainer: type) -> None:
     """
-    Whether `GRPOTrainer` has the methods that `OnlinePreferenceTrainer` builds on. They may take more, as long as
-    nobody has to pass it.
+    Whether `GRPOTrainer` has the methods that `OnlinePreferenceTrainer` builds on. They may take more, which is handed
+    on, as long as nobody has to pass it.
 
     Args:
         trainer (`type`): `GRPOTrainer`.

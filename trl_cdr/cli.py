@@ -213,7 +213,10 @@ def _parse(
     kinds = tuple(group.kind for group in groups)
     known: set[str] = set().union(*map(_names, kinds))
     words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--") and word != "--config"]
-    unknown = explain_unknown([*config, *words], known | {f"no_{name}" for name in known}, elsewhere=elsewhere)
+    # As the parser has it: on the command line --no_NAME, of what is true by default.
+    switches = {f"no_{field.name}" for kind in kinds for field in fields(kind) if field.default is True}
+    names = [*config, *(word for word in words if word not in switches)]
+    unknown = explain_unknown(names, known, elsewhere=elsewhere)
     if unknown is not None:  # before the dataclasses have their say: what they miss may just be misspelled
         raise ConfigError(f"unknown arguments: {unknown}. trl-cdr {command} --help lists those that are known.")
     parsed, left = _build(command, kinds, argv)

@@ -5,6 +5,7 @@ Knows no model: `score_file` scores, and asks here what an earlier run has left.
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,8 +122,13 @@ def check_options(folder: Path, options: Mapping[str, Any]) -> None:
             continue
         role, _, kind = name.partition("_")
         if kind == "weights":
-            commit = str(then).removeprefix("commit ")
-            remedy = f"Pass cdr_{role}_revision={commit!r} to go on with those, or" if commit != then else "Pass"
+            if then is None:
+                raise ConfigError(
+                    f"output_dir {str(folder)!r} holds scores, and does not say which weights of {role} they are by: "
+                    f"an earlier version wrote it. {_ELSEWHERE}"
+                )
+            commit = re.fullmatch("commit ([0-9a-f]+)", str(then))
+            remedy = f"Pass cdr_{role}_revision={commit[1]!r} to go on with those, or" if commit else "Pass"
             raise ConfigError(
                 f"output_dir {str(folder)!r} holds scores by other weights of {role}: {before.get(f'cdr_{role}')!r} "
                 f"was {then}, and {options[f'cdr_{role}']!r} is {now}. {remedy} another output_dir, or remove this one."

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
@@ -118,11 +119,20 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
             fuse(model, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32, outputs=("log_probs", "entropy"))
         return True
 
+    # What a later TRL may hand over beside what is read here is its own: `*args, **kwargs` go on to it.
     def _calculate_rewards(
-        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
+        self,
+        inputs: Any,
+        prompts: Any,
+        completions: Any,
+        completion_ids_list: list[list[int]],
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """GRPO's, gathered from all processes; keeps this process's pairs for `_generate_and_score_completions`."""
-        gathered: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (B_all, F)
+        gathered: Tensor = super()._calculate_rewards(  # (B_all, F)
+            inputs, prompts, completions, completion_ids_list, *args, **kwargs
+        )
         first = self.accelerator.process_index * len(prompts)
         local = gathered[first : first + len(prompts)]  # (B, F)
         truncated: set[int] = set()
@@ -130,15 +140,11 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
             ends = _compat.end_tokens(self)
             truncated = {row for row, ids in enumerate(completion_ids_list) if ids[-1] not in ends}
         self._pairs = self._select(local, truncated, first_group=first // self._group_size)
-        roles = [""] * len(prompts)
-        for group, pair in enumerate(self._pairs):
-            if not pair.skipped:
-                roles[group * self._group_size + pair.chosen] = "chosen"
-                roles[group * self._group_size + pair.rejected] = "rejected"
-        self._log_completion_extra("pair", roles)
         return gathered
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def _generate_and_score_completions(
+        self, inputs: list[dict[str, Any]], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """
         GRPO's, cut down to the pairs.
 
@@ -148,7 +154,7 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         """
         if not self.model.training:  # for training the config has checked
             check_batch_size("per_device_eval_batch_size", len(inputs), self._group_size)
-        output = super()._generate_and_score_completions(inputs)
+        output = super()._generate_and_score_completions(inputs, *args, **kwargs)
         _compat.check_generated(output)
         loss_mask = output["completion_mask"] * output.get("tool_mask", 1)  # (B, T): what the policy itself wrote
         starts = range(0, len(inputs), self._group_size)
@@ -158,6 +164,11 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         for number in (tokens == 0).any(dim=1).nonzero()[:, 0].tolist():  # nothing of the policy's own to learn from
             if not self._pairs[number].skipped:
                 self._pairs[number] = replace(self._pairs[number], skipped="missing")
+        roles = [""] * len(inputs)
+        for pair, (chosen, rejected) in zip(self._pairs, rows, strict=True):
+            if not pair.skipped:
+                roles[chosen], roles[rejected] = "chosen", "rejected"
+        self._logs["extra"]["pair"].extend(gather_object(roles))  # a column of the completions table
         weights = torch.tensor([pair.weight for pair in self._pairs], device=loss_mask.device)  # (P,)
         self._log_pairs(tokens, weights)
         return {
@@ -175,6 +186,8 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,  # noqa: ARG002 - the base class hands it over
+        *_: Any,
+        **__: Any,
     ) -> Tensor:
         """
         The preference loss of a micro-batch.
@@ -229,7 +242,7 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         output.metrics[f"{metric_key_prefix}_loss"] = total / count if count else math.nan
         return output
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """GRPO's, with the means of what was counted since the last log, and a table of pairs in place of its own."""
         mode = "train" if self.model.training else "eval"
         for name, (total, count) in self._sums[mode].items():
@@ -238,7 +251,7 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         is_shown = self.log_completions
         self.log_completions = False
         try:
-            super().log(logs, start_time)
+            super().log(logs, *args, **kwargs)
         finally:
             self.log_completions = is_shown
         if mode == "eval":

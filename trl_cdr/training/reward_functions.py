@@ -58,17 +58,18 @@ def find_reward(name: str) -> Any:
     A reward function by its dotted path, or by its name in `trl.rewards`.
 
     Raises:
-        ConfigError: there is none, or it makes a reward function in place of being one.
+        ConfigError: there is none, its module fails, or it makes a reward function in place of being one.
     """
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(import_module(module or _TRLS_OWN), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a user's module may raise anything
         own = [known for known in dir(import_module(_TRLS_OWN)) if known.endswith("_reward") and known[:4] != "get_"]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(
-            f"reward_funcs has {name!r}, which can't be imported ({error}). Give the dotted path of a function, or one "
-            f"of TRL's own: {', '.join(own)}."
-        ) from None
+            f"reward_funcs has {name!r}, which can't be imported ({reason}). Give the dotted path of a function, or "
+            f"one of TRL's own: {', '.join(own)}."
+        ) from error
     is_factory = attribute.startswith("get_") and found.__module__.startswith(_TRLS_OWN)
     if is_factory or isinstance(found, type) or not callable(found):
         raise ConfigError(

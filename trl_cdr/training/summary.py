@@ -55,8 +55,8 @@ def changes(
         objectives (`Sequence[str]`): `cdr_name` of those that are [`CDRReward`].
 
     Returns:
-        `list[tuple[str, str, str]]`: label, first and last value, of what was logged at all. What was logged once is
-        the last.
+        `list[tuple[str, str, str]]`: label, first and last value, of what was logged at all (None, of an interval
+        without a value, is not). What was logged once is the last.
     """
     wanted: list[tuple[str, tuple[str, ...], str]] = [("reward", _REWARDS, "{:+.3f}")]
     if len(rewards) > 1:
@@ -67,7 +67,7 @@ def changes(
     wanted.append(("tokens a completion", tuple(key.format(name=objectives[0]) for key in _LENGTHS), "{:.1f}"))
     rows = []
     for label, keys, form in wanted:
-        logged = ([entry[key] for entry in history if key in entry] for key in keys)
+        logged = ([entry[key] for entry in history if entry.get(key) is not None] for key in keys)
         values = [form.format(value) for value in next(filter(None, logged), [])]
         if values:
             rows.append((label, values[0] if len(values) > 1 else "", values[-1]))

@@ -20,6 +20,7 @@ from .._compat import end_training, trust_remote_code
 from ..config import CDRConfig
 from ..errors import CDRError, ConfigError
 from ..scoring.checkpoint import read_config, weights_mb
+from ..scoring.loading import hub_kwargs
 from ..scoring.pair import load_tokenizer
 from .callback import CDRCallback
 from .checks import check_domains
@@ -138,7 +139,8 @@ def train(
     rewards = rewards_for(arguments, training_args=training_args, cdr_args=cdr_args)
     objectives = [reward for reward in rewards if isinstance(reward, CDRReward)]
     policy = str(model_args.model_name_or_path)
-    _check_models(cdr_args, policy, model_args.model_revision, trust_remote_code(training_args, model_args))
+    training_args.model_init_kwargs = _model_init_kwargs(arguments, training_args, model_args)
+    _check_models(cdr_args, policy, training_args.model_init_kwargs)
     splits = [script_args.dataset_train_split, *([script_args.dataset_test_split] if is_evaluated else [])]
     with training_args.main_process_first(desc="load the prompts"):
         datasets = load_prompts(script_args, splits=splits)
@@ -155,11 +157,11 @@ def train(
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    if training_args.push_to_hub:
+        is_local = Path(script_args.dataset_name).expanduser().exists()
+        trainer.push_to_hub(dataset_name=None if is_local else script_args.dataset_name)
     if trainer.accelerator.is_main_process:
         print_summary(trainer, kind=arguments.trainer)
-    if training_args.push_to_hub:
-        is_local = Path(script_args.dataset_name).exists()
-        trainer.push_to_hub(dataset_name=None if is_local else script_args.dataset_name)
     end_training(trainer)
 
 
@@ -201,7 +203,7 @@ def find_checkpoint(training_args: Any) -> str | None:
     return str(folder / f"checkpoint-{last}")
 
 
-def _check_models(cdr_args: CDRConfig, policy: str, policy_revision: str, policy_brings_code: bool) -> None:
+def _check_models(cdr_args: CDRConfig, policy: str, policy_init_kwargs: Mapping[str, Any]) -> None:
     """Whether models and tokenizers can be found at all, before anything large is loaded."""
     init_kwargs: Any = cdr_args.cdr_model_init_kwargs
     for role, name, revision in (
@@ -210,12 +212,7 @@ def _check_models(cdr_args: CDRConfig, policy: str, policy_revision: str, policy
     ):
         read_config(name, f"cdr_{role}", revision=revision, init_kwargs=init_kwargs)
         load_tokenizer(cdr_args, name, f"the tokenizer of cdr_{role}", revision=revision)
-    read_config(
-        policy,
-        "model_name_or_path",
-        revision=policy_revision,
-        init_kwargs={"trust_remote_code": policy_brings_code},
-    )
+    read_config(policy, "model_name_or_path", init_kwargs=policy_init_kwargs)
 
 
 def _say(text: str) -> None:
@@ -233,7 +230,6 @@ def _make_trainer(
     arguments: TrainArguments, training_args: Any, model_args: ModelConfig, rewards: list[Any], datasets: list[Any]
 ) -> Any:
     """The trainer with its policy. `datasets`: to train on, and maybe to evaluate on."""
-    training_args.model_init_kwargs = _model_init_kwargs(arguments, training_args, model_args)
     try:
         return arguments.trainer_class(
             model=model_args.model_name_or_path,
@@ -241,7 +237,7 @@ def _make_trainer(
             args=training_args,
             train_dataset=datasets[0],
             eval_dataset=datasets[1] if len(datasets) > 1 else None,
-            processing_class=_load_tokenizer(arguments, training_args, model_args),
+            processing_class=_load_tokenizer(arguments, str(model_args.model_name_or_path), training_args),
             peft_config=get_peft_config(model_args),
         )
     except CDRError:
@@ -266,12 +262,8 @@ def _model_init_kwargs(arguments: TrainArguments, training_args: Any, model_args
     return kwargs | (training_args.model_init_kwargs or {})
 
 
-def _load_tokenizer(arguments: TrainArguments, training_args: Any, model_args: ModelConfig) -> Any:
+def _load_tokenizer(arguments: TrainArguments, policy: str, training_args: Any) -> Any:
     """The policy's tokenizer for online DPO, which wants one; the other trainers load it themselves."""
     if arguments.trainer != "online_dpo":
         return None
-    return AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=trust_remote_code(training_args, model_args),
-    )
+    return AutoTokenizer.from_pretrained(policy, **hub_kwargs(training_args.model_init_kwargs))
