@@ -92,7 +92,7 @@ def test_callable():
     expected = ["math", "poems", "math"]
     assert Router(CRITERIA, router=by_digit).route(PROMPTS, None, never) == expected
     assert Router(CRITERIA, router="test_router.by_digit").route(PROMPTS, None, never) == expected
-    for path in ("no.such.module", "test_router.nowhere", "word"):
+    for path in ("no.such.module", "test_router.nowhere", "word", ".relative.path"):
         with pytest.raises(ConfigError, match=f"router is '{path}', which can't be imported"):
             Router(CRITERIA, router=path)
     with pytest.raises(ConfigError, match="router is 3. Pass 'column:NAME'"):

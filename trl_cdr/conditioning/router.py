@@ -247,13 +247,14 @@ def import_callable(path: str) -> Any:
     What a dotted path leads to.
 
     Raises:
-        ConfigError: there is no such module or attribute.
+        ConfigError: there is no such module or attribute, or the module fails.
     """
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a user's module may raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(
-            f"router is {path!r}, which can't be imported ({error}). Pass 'column:NAME', 'likelihood' or the dotted "
+            f"router is {path!r}, which can't be imported ({reason}). Pass 'column:NAME', 'likelihood' or the dotted "
             "path of a function."
-        ) from None
+        ) from error
