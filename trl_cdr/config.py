@@ -142,7 +142,7 @@ class CDRConfig:
     )
     cdr_prefix_cache_tokens: int = field(
         default=8192,
-        metadata={"help": "Tokens of constant prefixes whose keys and values each model keeps between calls. 0: none."},
+        metadata={"help": "Tokens of criteria whose keys and values each model keeps between calls. 0: none."},
     )
     cdr_criteria: str | None = field(
         default=None,

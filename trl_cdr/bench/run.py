@@ -185,6 +185,8 @@ def _summarise(
 ) -> dict[str, Any]:
     unlimited = PackLimits(tokens=2**40, entries=2**80, good_tokens=2**40)
     unique = sum(len(pack.ids) for pack in layout.packs(unlimited))
+    if not layout.constant:  # else it was run before
+        unique += len(layout.prefix)
     completion = sum(len(row.completion_ids) for row in layout.rows)
     flops = sum(_flops(lm, unique, completion) for lm in pair)
     ours = costs["ours"].warm

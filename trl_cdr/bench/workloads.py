@@ -57,7 +57,7 @@ WORKLOADS: dict[str, tuple[str, list[Shape]]] = {
         "long prompts, each with some completions",
         [
             *(Shape(0, 4, prompts=1, prompt=prompt, shortest=200, longest=200) for prompt in (500, 2000)),
-            Shape(0, 8, prompts=1, prompt=3000, shortest=200, longest=200),
+            Shape(0, 4, prompts=2, prompt=3000, shortest=200, longest=200),
         ],
     ),
     "head": ("long rows of a large vocabulary", [Shape(0, 1, prompts=16, prompt=64, shortest=448, longest=448)]),
