@@ -43,8 +43,9 @@ class LoadCheck:
 
     def __init__(self, own: Way, *, dtype: torch.dtype, num_ids: int, num_positions: int | None, seed: int) -> None:
         self._layouts = _probes(min(num_ids, 256), num_positions, seed=seed)
-        self._expected = [_run(own, layout, 1) for layout in self._layouts]
-        largest = float(_run(own, self._layouts[0], 1, reduce=_largest_logit).max())
+        found = [_run(own, layout, 1, reduce=_logps_and_largest) for layout in self._layouts]  # (N, 2) each
+        self._expected = [each[:, 0] for each in found]
+        largest = max(float(each[:, 1].max()) for each in found)
         # A logit is rounded where the head writes it: two steps of its type may lie between two right ways.
         self._tolerance = max(TOLERANCE.get(dtype, max(TOLERANCE.values())), 2 * torch.finfo(dtype).eps * largest)
 
@@ -85,12 +86,14 @@ def short_windows(config: PretrainedConfig) -> Iterator[None]:
         config.sliding_window = window
 
 
-def _largest_logit(logits: Tensor, _targets: Tensor) -> Tensor:
-    return logits.float().nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=-1)
+def _logps_and_largest(logits: Tensor, targets: Tensor) -> Tensor:
+    """(n, 2): each target's log-probability, nats, and the largest logit beside it."""
+    largest = logits.float().nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=-1)
+    return torch.stack([token_logps(logits, targets), largest], dim=1)
 
 
 def _run(way: Way, layout: Layout, token_budget: int, reduce: Reduce = token_logps) -> Tensor:
-    """(N,) log-probabilities of all rows, in their order."""
+    """What `reduce` keeps of all rows' completion tokens, in the rows' order: (N, ...)."""
     results: dict[int, Tensor] = {}
     for job in way.plan(layout, token_budget):
         counts = [len(layout.rows[index].completion_ids) for index in job.rows]

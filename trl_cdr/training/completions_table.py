@@ -17,8 +17,8 @@ def table_rows(call: Call) -> list[dict[str, Any]]:
     """A row for each completion of a reward call."""
     return [
         {
-            "prompt": _text(prompt),
-            "completion": _text(completion),
+            "prompt": as_text(prompt),
+            "completion": as_text(completion),
             "reward": reward,
             "log_ratio": score.value,
             "strong_logps": score.strong_logps,
@@ -50,7 +50,7 @@ def write_table(rows: list[dict[str, Any]], folder: Path, *, step: int) -> None:
     Console().print(table, markup=False)
 
 
-def _text(conversation: Any) -> str:
+def as_text(conversation: Any) -> str:
     """A string as it is, messages one below the other."""
     if isinstance(conversation, str):
         return conversation

@@ -12,6 +12,8 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
+from .completions_table import as_text
+
 _TRACKERS = ("wandb", "trackio")  # the reporting integrations to which GRPO sends its table
 
 
@@ -51,6 +53,4 @@ def print_table(columns: Mapping[str, Sequence[Any]], *, step: int, rows: int | 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2f}"
-    if isinstance(value, list):  # messages, one below the other
-        return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in value)
-    return str(value)
+    return as_text(value) if isinstance(value, list) else str(value)  # messages
