@@ -83,10 +83,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _demo(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="trl-cdr demo", description=_describe("demo"))
     parser.add_argument("--output_dir", default="./trl-cdr-demo", help="folder for the figures and JSON")
-    parser.add_argument("--no_cache", action="store_true", help="build the tiny models anew")
-    parser.add_argument("--customize", action="store_true", help="show what criteria and exemplars do, in its place")
+    parser.add_argument("--no_cache", action="store_true", help="build the models anew")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--customize", action="store_true", help="show what criteria and exemplars do, in its place")
+    which.add_argument("--real", action="store_true", help="show a real model's labels, in its place")
+    parser.add_argument(
+        "--model", help="with --real: an instruct model (name or path) in place of SmolLM2-135M-Instruct"
+    )
     args = parser.parse_args(argv)
+    if args.model is not None and not args.real:
+        parser.error("--model goes with --real")
     _check_output(args.output_dir)
+
+    if args.real:
+        from .demo.real import run_demo as run_real_demo
+
+        run_real_demo(args.output_dir, model=args.model, cache=not args.no_cache)
+        return
 
     if args.customize:
         from .demo.customize import run_customize as run
@@ -143,9 +156,15 @@ def _bench(argv: list[str]) -> None:
     about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
     about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
     about += "; gaming: policies trained on the plain and on the gated reward (an hour)"
-    choices = [*WORKLOADS, "pair_step", "gaming"]
+    about += "; real: a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)"
+    choices = [*WORKLOADS, "pair_step", "gaming", "real"]
     parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
-    parser.add_argument("--model", choices=MODELS, default="llama-58m", help="architecture of a pair of random weights")
+    parser.add_argument(
+        "--model",
+        help=f"architecture of a pair of random weights: {', '.join(MODELS)}; default: llama-58m. With --workload real: "
+        "an instruct model (name or path) in place of SmolLM2-135M-Instruct",
+    )
+    parser.add_argument("--output_dir", default="./trl-cdr-bench", help="with --workload real: folder for its results")
     parser.add_argument("--cdr_strong", help="measure this model (name or path) in place of random weights")
     parser.add_argument("--cdr_weak", help="the weak model beside it")
     parser.add_argument("--cdr_dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on CPU")
@@ -159,6 +178,17 @@ def _bench(argv: list[str]) -> None:
         parser.error("--cdr_strong and --cdr_weak go together")
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}: use 1 or more")
+
+    if args.workload == "real":
+        from .demo.real import run_real
+
+        _check_output(args.output_dir)
+        run_real(args.output_dir, model=args.model)
+        return
+
+    args.model = args.model or "llama-58m"
+    if args.model not in MODELS:
+        parser.error(f"--model is {args.model!r}: use one of {', '.join(MODELS)}")
 
     if args.workload == "gaming":
         from .demo.gaming import print_gaming, run_gaming

@@ -1,7 +1,8 @@
-"""The demo's figure: gold reward against step, one line a reward. Draws what `story` measured and measures nothing."""
+"""The demos' figures. Draws what `story`, `customize` and `real` measured, and measures nothing."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -42,6 +43,38 @@ def draw_gold(curves: Curves, path: Path) -> None:
     axes.set_ylim(0, 1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    figure.savefig(path)
+
+
+def draw_labels(labels: Mapping[str, Mapping[str, Any]], judges: Mapping[str, str], path: Path) -> None:
+    """Write the figure of the real pair's labels as PNG.
+
+    Args:
+        labels (`Mapping`): For `seen` and `unseen` kinds of condition what `real_labels.measure_labels` returns.
+        judges (`Mapping[str, str]`): The judges to show, from top to bottom, with their labels.
+        path (`Path`): The file to write.
+    """
+    figure = Figure(figsize=(10, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(labels), sharey=True)
+    for axes, (kinds, found) in zip(panels, labels.items(), strict=True):
+        for place, judge in enumerate(judges):
+            for part, offset, alpha in (("drawn", -0.19, 1.0), ("matched", 0.19, 0.55)):
+                mean, low, high = found[part][judge]
+                colour = "#0072B2" if judge == "ratio" else "#8a959d"
+                axes.barh(place + offset, mean, height=0.34, color=colour, alpha=alpha)
+                axes.plot([low, high], [place + offset] * 2, color="#222222", linewidth=1.1)
+                axes.annotate(
+                    f"{mean:.2f}", (high, place + offset), (4, 0), textcoords="offset points", va="center", fontsize=8
+                )
+        axes.axvline(0.5, color="#444444", linewidth=0.8, linestyle=":")
+        drawn, matched = found["drawn"]["pairs"], found["matched"]["pairs"]
+        axes.set_title(f"{kinds} kinds: {drawn} pairs (pale: {matched} of equal length)", loc="left", fontsize=11)
+        axes.set_xlim(0, 1.05)
+        axes.set_xlabel("prefers the right completion, 95 % interval")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(judges)), list(judges.values()))
+    panels[0].invert_yaxis()
     figure.savefig(path)
 
 

@@ -175,7 +175,7 @@ def sample(
     batch = tokenizer(rendered, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
     was_training = model.training
     model.eval()
-    with one_thread(), torch.no_grad(), _seeded(seed):
+    with one_thread(), torch.no_grad(), seeded(seed):
         ids = model.generate(
             **batch,
             do_sample=True,
@@ -249,7 +249,7 @@ def _new_model(seed: int) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with _seeded(seed):
+    with seeded(seed):
         return LlamaForCausalLM(config)
 
 
@@ -289,7 +289,7 @@ def _completion_labels(batch: dict[str, torch.Tensor], tokenizer: PreTrainedToke
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed the CPU's generator inside, restore its state after. `torch.manual_seed` would seed every GPU as well."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

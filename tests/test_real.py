@@ -1,0 +1,79 @@
+"""The real workload: results by part that a stopped run takes up, and, with the model, a demo in small."""
+
+import json
+
+import pytest
+
+from trl_cdr import ConfigError
+from trl_cdr.demo import real, real_models, real_training, real_world
+from trl_cdr.demo.real import Parts
+
+
+def test_a_part_that_is_there_is_not_run_again(tmp_path):
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return {"value": len(calls)}
+
+    for _ in range(2):
+        found = Parts(tmp_path / "out", {"model": "a"}).run("part", measure)
+        assert found["value"] == 1
+        assert found["seconds"] >= 0
+
+
+def test_a_part_that_fails_leaves_nothing(tmp_path):
+    parts = Parts(tmp_path, {"model": "a"})
+    with pytest.raises(ZeroDivisionError):
+        parts.run("part", lambda: {"value": 1 / 0})
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+    assert parts.run("part", lambda: {"value": 2})["value"] == 2
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path):
+    Parts(tmp_path, {"model": "a", "samples": 4})
+    with pytest.raises(ConfigError, match=r"whose results are of another model, versions. Pass another folder"):
+        Parts(tmp_path, {"model": "b", "samples": 4, "versions": {}})
+
+
+def test_without_peft_the_command_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(ConfigError, match="peft is not installed. Run: pip install peft"):
+        real_models.make_lora()
+
+
+def few(monkeypatch, count):
+    for name in ("TRAIN", "HELD_OUT", "HELD_OUT_UNSEEN"):
+        monkeypatch.setattr(real_world, name, getattr(real_world, name)[:count])
+    monkeypatch.setattr(real, "_TASKS", {"seen": real_world.HELD_OUT, "unseen": real_world.HELD_OUT_UNSEEN})
+
+
+@pytest.mark.real
+def test_the_demo_in_small(smollm_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRL_CDR_CACHE", str(tmp_path / "cache"))
+    few(monkeypatch, 6)
+    monkeypatch.setitem(real_models._TUNING, "per_device_train_batch_size", 2)
+    summary = real.run_demo(tmp_path / "out", model=str(smollm_folder))
+    assert summary["tuning"]["steps"] >= 1
+    assert summary["labels"]["seen"]["drawn"]["pairs"] > 0
+    assert (tmp_path / "out" / "labels.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert "| CDR: strong over weak |" in capsys.readouterr().out
+    # Again: nothing is sampled, tuned or scored.
+    monkeypatch.setattr(real_models, "sample", None)
+    assert real.run_demo(tmp_path / "out", model=str(smollm_folder)) == summary
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", real_training.LOOPS)
+def test_a_policy_is_trained_and_judged(smollm_folder, monkeypatch, loop):
+    few(monkeypatch, 2)
+    size = {"online_dpo": 2, "online_preference": 4}[loop]
+    found = real_training.train_policy(
+        smollm_folder, None, loop=loop, seed=0, name=loop, steps=2, per_device_train_batch_size=size
+    )
+    assert len(found["curve"]["gold"]) == 2
+    assert found["curve"]["gold"] == found["curve"]["reward"]
+    assert {*found["held_out"]} == {"seen", "unseen"}
+    assert 0 <= found["held_out"]["seen"]["gold"] <= 1

@@ -1,0 +1,331 @@
+"""Does it work on a language model? Labels, criteria, the gate and online training on a real pair, judged by gold.
+
+`run_demo` is `trl-cdr demo --real`: the pair is built and its labels are measured. `run_real` is
+`trl-cdr bench --workload real`: the same, then criteria, the gate, and policies trained online. Each part's result is a
+JSON file in the output folder, and a part whose file is there is not run again: a stopped run goes on.
+
+The tasks are `real_world`'s, the models `real_models`'. No reward sees gold but gold itself, the upper bound.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from ..errors import ConfigError
+from ..scoring.checkpoint import identify_weights
+from ..scoring.scorer import DensityRatioScorer
+from ..training.reward import CDRReward
+from . import real_gate, real_labels, real_models, real_training, real_world
+from .figure import draw_labels
+from .models import Sample, quiet
+from .smollm import build_smollm
+from .story import Reward, random_reward, versions
+
+SEEDS = (0, 1)
+GATES = ("none", "typicality", "surprise")
+REWARDS = ("surprise", "gold", "random", "none")
+"""The pair's reward behind a gate, gold itself (the upper bound), and a control."""
+_SAMPLES, _DEMO_SAMPLES = 8, 4  # a task
+_TASKS = {"seen": real_world.HELD_OUT, "unseen": real_world.HELD_OUT_UNSEEN}
+
+
+class Parts:
+    """
+    Results by part, one JSON file each, in a folder. What is there is taken as it is.
+
+    Args:
+        folder (`Path`): Made if missing.
+        settings (`dict`): What the results depend on; kept in `settings.json`.
+
+    Raises:
+        ConfigError: the folder holds results of other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "settings.json"
+        if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8"))) != settings:
+            changed = [name for name in {*settings, *found} if settings.get(name) != found.get(name)]
+            raise ConfigError(
+                f"output_dir is {str(folder)!r}, whose results are of another {', '.join(sorted(changed))}. Pass "
+                "another folder."
+            )
+        self.settings = settings
+        self._write(path, settings)
+
+    def run(self, name: str, measure: Callable[[], Any]) -> Any:
+        """The part's result: what `measure` returns, with its `seconds`."""
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            started = time.perf_counter()
+            result = measure()
+            self._write(path, result | {"seconds": round(time.perf_counter() - started, 1)})
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    @staticmethod
+    def _write(path: Path, content: dict[str, Any]) -> None:
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+
+
+class Lab:
+    """A model, the pair made of it, and what is measured on them. Every part's result is kept, see `Parts`."""
+
+    def __init__(self, output_dir: str | Path, *, model: str | None, samples: int, cache: bool) -> None:
+        self.weak = str(build_smollm(cache=cache)) if model is None else model
+        self._samples = samples
+        self.parts = Parts(
+            Path(output_dir),
+            {
+                "model": model or "SmolLM2-135M-Instruct",
+                "weights": identify_weights(self.weak, "model"),
+                "recipe": real_models.RECIPE_VERSION,
+                "samples": samples,
+                "versions": versions(),
+            },
+        )
+        self.strong = str(real_models.build_strong(self.weak, cache=cache))
+        self.tuning = json.loads((Path(self.strong) / "tuning.json").read_text(encoding="utf-8"))
+
+    def labels(self) -> dict[str, Any]:
+        """See `real_labels.measure_labels`; for seen and unseen kinds."""
+        scorer = self._scorer(gate="none")
+        return {name: self._labels(scorer, name) for name in _TASKS}
+
+    def _labels(self, scorer: DensityRatioScorer, name: str) -> Any:
+        tasks = _TASKS[name]
+        groups = self._written(f"samples-{name}", [task.prompt for task in tasks])
+        return self.parts.run(f"labels-{name}", lambda: real_labels.measure_labels(scorer, tasks, groups))
+
+    def criteria(self) -> Any:
+        """See `real_labels.measure_criteria`."""
+        topics = list(dict.fromkeys(task.topic for task in real_world.HELD_OUT))
+        groups = self._written("samples-bare", [real_world.ask(topic) for topic in topics], per_prompt=16)
+        return self.parts.run(
+            "criteria", lambda: real_labels.measure_criteria(self._scorer(gate="none"), topics, groups)
+        )
+
+    def gates(self) -> Any:
+        """See `real_gate`; `honest` and `attacks`."""
+        tasks = real_world.HELD_OUT
+        prompts = [task.prompt for task in tasks]
+        groups = {
+            f"the strong model's own, T = {temperature}": self._written(
+                f"samples-strong-{temperature}", prompts, per_prompt=2, model=self.strong, temperature=temperature
+            )
+            for temperature in (0.7, 1.0, 1.3)
+        }
+        policys = self._written("samples-seen", prompts)
+
+        def measure() -> dict[str, Any]:
+            scorers: dict[str, DensityRatioScorer] = {"none": self._scorer(gate="none")}
+            scorers |= {gate: DensityRatioScorer(share=scorers["none"], gate=gate) for gate in GATES[1:]}
+            honest = {
+                name: [
+                    (task, one.text, one.finished) for task, group in zip(tasks, written, strict=True) for one in group
+                ]
+                for name, written in {**groups, "the policy's own, T = 1.0": policys}.items()
+            }
+            honest["people's"] = [(task, text, True) for task, text in real_world.WRITTEN]
+            right = [
+                (task, one.text)
+                for task, group in zip(tasks, policys, strict=True)
+                for one in group
+                if real_world.gold(task, one.text, one.finished)
+            ]
+            return {
+                "honest": real_gate.measure_gates({gate: scorers[gate] for gate in GATES[1:]}, honest),
+                "attacks": real_gate.measure_attacks(scorers, right),
+            }
+
+        return self.parts.run("gates", measure)
+
+    def training(self) -> dict[str, Any]:
+        """By loop, reward and seed; see `real_training.train_policy`. `start` is the policy before training."""
+        start = partial(real_training.evaluate_start, self.weak, seeds=SEEDS)
+        found = {"start": self.parts.run("train-start", start)}
+        for seed in SEEDS:
+            for loop in real_training.LOOPS:
+                for reward in REWARDS:
+                    name = f"train-{loop}-{reward}-{seed}"
+                    found[name] = self.parts.run(name, partial(self._train, loop, reward, seed))
+        return found
+
+    def _train(self, loop: str, reward: str, seed: int) -> dict[str, Any]:
+        function: Reward | None = None
+        if reward == "random":
+            function = random_reward(seed)
+        else:
+            function = CDRReward(self.strong, self.weak, gate=reward, dtype="bfloat16", policy_tokenizer=self.weak)
+        return real_training.train_policy(self.weak, function, loop=loop, seed=seed, name=f"{loop}, {reward}, {seed}")
+
+    def _scorer(self, **options: Any) -> DensityRatioScorer:
+        return DensityRatioScorer(self.strong, self.weak, **options)
+
+    def _written(
+        self,
+        name: str,
+        prompts: list[list[real_world.Message]],
+        *,
+        per_prompt: int | None = None,
+        model: str | None = None,
+        temperature: float = 1.0,
+    ) -> list[list[Sample]]:
+        """What a model wrote, by default the policy, which is the weak model itself."""
+
+        def write() -> dict[str, Any]:
+            groups = real_models.sample(
+                real_models.load_policy(model or self.weak),
+                AutoTokenizer.from_pretrained(self.weak),
+                prompts,
+                per_prompt=per_prompt or self._samples,
+                seed=1,
+                temperature=temperature,
+                label=name,
+            )
+            return {"groups": [[[one.text, one.finished] for one in group] for group in groups]}
+
+        groups = self.parts.run(name, write)["groups"]
+        return [[Sample(text, finished) for text, finished in group] for group in groups]
+
+
+def run_demo(output_dir: str | Path, *, model: str | None = None, cache: bool = True) -> dict[str, Any]:
+    """
+    Build the real pair, measure its labels, print them, and write `summary.json` and `labels.png`.
+
+    Args:
+        output_dir (`str` or `Path`): Folder for the results; made if missing. Parts that are in it are not run again.
+        model (`str`, *optional*): The weak model: an instruct model's name on the Hub or path. By default the packaged
+            SmolLM2-135M-Instruct.
+        cache (`bool`, *optional*, defaults to `True`): Take the models of an earlier run.
+
+    Returns:
+        `dict`: What `summary.json` holds: `labels` (`seen` and `unseen`, see `real_labels.measure_labels`), `tuning`,
+        `settings`.
+
+    Raises:
+        ModelError: the model is not installed, or can't be loaded.
+        ConfigError: peft is not installed, the cache can't be written, or the folder holds results of other settings.
+    """
+    with quiet():
+        lab = Lab(output_dir, model=model, samples=_DEMO_SAMPLES, cache=cache)
+        labels = lab.labels()
+    summary = {"labels": labels, "tuning": lab.tuning, "settings": lab.parts.settings}
+    _finish(summary, lab.parts.folder)
+    return summary
+
+
+def run_real(output_dir: str | Path, *, model: str | None = None, cache: bool = True) -> dict[str, Any]:
+    """
+    All parts: labels, criteria, gates, online training. Takes hours; a stopped run goes on where it was.
+
+    Args:
+        output_dir, model, cache: As for `run_demo`.
+
+    Returns:
+        `dict`: What `summary.json` holds: as for `run_demo`, and `criteria`, `gates`, `training`.
+
+    Raises:
+        as `run_demo`.
+    """
+    with quiet():
+        lab = Lab(output_dir, model=model, samples=_SAMPLES, cache=cache)
+        summary = {
+            "labels": lab.labels(),
+            "criteria": lab.criteria(),
+            "gates": lab.gates(),
+            "training": lab.training(),
+            "tuning": lab.tuning,
+            "settings": lab.parts.settings,
+        }
+    _finish(summary, lab.parts.folder)
+    return summary
+
+
+def print_real(summary: dict[str, Any]) -> None:
+    """What was measured, as Markdown tables on stdout."""
+    for name, labels in summary["labels"].items():
+        drawn, matched = labels["drawn"], labels["matched"]
+        _print_table(
+            [f"{name} kinds: prefers the right one", f"{drawn['pairs']} pairs", f"{matched['pairs']} of equal length"],
+            [[label, _share(drawn[judge]), _share(matched[judge])] for judge, label in real_labels.JUDGES.items()],
+        )
+    if "criteria" in summary:
+        names = ("none", "own", "other", "shorter")
+        _print_table(
+            ["condition as criterion", "pairs", "no criterion", "its own", "another", "the shorter one"],
+            [
+                [kind, str(row["pairs"]), *(_share(row[name]) for name in names)]
+                for kind, row in summary["criteria"].items()
+                if kind != "seconds"
+            ],
+        )
+    if "gates" in summary:
+        _print_gates(summary["gates"])
+    if "training" in summary:
+        _print_training(summary["training"])
+
+
+def _print_gates(gates: dict[str, Any]) -> None:
+    _print_table(
+        ["honest text: gated by", "texts", *GATES[1:]],
+        [
+            [kind, str(row["texts"]), *(_share(row[gate]) for gate in GATES[1:])]
+            for kind, row in gates["honest"].items()
+        ],
+    )
+    _print_table(
+        ["worth more than a right completion", *GATES],
+        [
+            [label, *(_share(gates["attacks"][name][gate]["win"]) for gate in GATES)]
+            for name, label in real_gate.ATTACKS.items()
+        ],
+    )
+
+
+def _print_training(training: dict[str, Any]) -> None:
+    def cells(found: dict[str, Any]) -> list[str]:
+        seen, unseen = found["seen"], found["unseen"]
+        return [
+            f"{seen['gold']:.2f}",
+            f"{unseen['gold']:.2f}",
+            f"{seen['words']:.1f}",
+            f"{seen['repeats']:.2f}",
+            f"{seen['finished']:.2f}",
+        ]
+
+    rows = [["start", str(seed), *cells(found)] for seed, found in enumerate(training["start"]["held_out"])]
+    rows += [
+        [f"{loop}, {reward}", str(seed), *cells(training[f"train-{loop}-{reward}-{seed}"]["held_out"])]
+        for loop in real_training.LOOPS
+        for reward in REWARDS
+        for seed in SEEDS
+    ]
+    _print_table(["policy", "seed", "gold, seen", "unseen", "words", "repeats", "finished"], rows)
+
+
+def _print_table(head: list[str], rows: list[list[str]]) -> None:
+    print(f"\n| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def _share(interval: list[float]) -> str:
+    mean, low, high = interval
+    return f"{mean:.0%} ({low:.0%}-{high:.0%})"
+
+
+def _finish(summary: dict[str, Any], folder: Path) -> None:
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    draw_labels(summary["labels"], real_labels.JUDGES, folder / "labels.png")
+    print_real(summary)
+    seconds = summary["tuning"]["seconds"]
+    print(f"\nThe pair took {seconds} s to tune. Wrote summary.json and labels.png to {folder}")

@@ -1,0 +1,185 @@
+"""Does the ratio of the real pair label well? Judged by gold, on pairs that the policy wrote. Trains nothing.
+
+Each function returns plain numbers; `real` runs them and prints.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..conditioning.criteria import Criteria, DomainCriteria
+from ..scoring.score import Score
+from ..scoring.scorer import DensityRatioScorer
+from . import real_world
+from .models import Sample
+from .real_models import Pair, choose_pairs
+
+_RESAMPLES = 2000
+_MATCHED = 0.2
+
+JUDGES = {
+    "ratio": "CDR: strong over weak",
+    "strong_logps": "strong's log-probability",
+    "strong_mean": "the same, a token",
+    "weak_logps": "weak's log-probability",
+    "shorter": "the shorter one",
+    "random": "random",
+}
+
+
+def measure_labels(
+    scorer: DensityRatioScorer,
+    tasks: Sequence[real_world.Task],
+    groups: Sequence[Sequence[Sample]],
+    *,
+    per_prompt: int = 3,
+) -> dict[str, Any]:
+    """
+    How often each judge prefers the completion that gold calls right.
+
+    Args:
+        scorer (`DensityRatioScorer`): Of the pair.
+        tasks, groups: What was asked, and what the policy wrote to each.
+        per_prompt (`int`, *optional*, defaults to 3): At most so many pairs a task.
+
+    Returns:
+        `dict`: `drawn` (pairs as they were written) and `matched` (pairs whose lengths in tokens differ by at most
+        20 %, in which length decides little), each with `pairs` and by judge of `JUDGES` `[share, low, high]`, see
+        `bootstrap`; and `kinds`: by kind of condition the share that gold calls right, and the ratio's share of
+        `drawn`.
+    """
+    drawn = choose_pairs(tasks, groups, per_prompt=per_prompt, nearest=False)
+    near = choose_pairs(tasks, groups, per_prompt=per_prompt)
+    scores = score_samples(scorer, [*drawn, *near])
+    values, near_scores = _judge(scores[: 2 * len(drawn)]), scores[2 * len(drawn) :]
+    near_values, near_tokens = _judge(near_scores), [score.n_tokens for score in near_scores]
+    kept = [abs(a - b) <= _MATCHED * max(a, b) for a, b in zip(near_tokens[::2], near_tokens[1::2], strict=True)]
+    matched = [pair for pair, keep in zip(near, kept, strict=True) if keep]
+    matched_values = {
+        name: [one for place, one in enumerate(column) if kept[place // 2]] for name, column in near_values.items()
+    }
+    ratio = _wins(values["ratio"])
+    kinds = {}
+    for kind in dict.fromkeys(task.kind.name for task in tasks):
+        golds = [
+            real_world.gold(task, one.text, one.finished)
+            for task, group in zip(tasks, groups, strict=True)
+            if task.kind.name == kind
+            for one in group
+        ]
+        won = [win for win, pair in zip(ratio, drawn, strict=True) if pair.task.kind.name == kind]
+        kinds[kind] = {"gold": sum(golds) / len(golds), "pairs": len(won), "ratio": sum(won) / max(1, len(won))}
+    return {
+        "drawn": _shares(drawn, values),
+        "matched": _shares(matched, matched_values),
+        "kinds": kinds,
+    }
+
+
+def measure_criteria(
+    plain: DensityRatioScorer, topics: Sequence[str], groups: Sequence[Sequence[Sample]], *, per_prompt: int = 3
+) -> dict[str, Any]:
+    """
+    Does a condition that only the pair is shown, as a criterion, order what the policy wrote without it?
+
+    Args:
+        plain (`DensityRatioScorer`): Of the pair, without criteria.
+        topics, groups: What a sentence was asked about, and what the policy wrote to each.
+        per_prompt (`int`, *optional*, defaults to 3): At most so many pairs a topic and condition.
+
+    Returns:
+        `dict`: by kind of condition `pairs`, and `[share, low, high]` of the pairs in which the text that meets the
+        condition is preferred under `none` (the plain ratio), `own` (the condition as criterion) and `other` (another
+        condition's), and for `shorter`. `all` has the pairs of all kinds.
+    """
+    kinds = (*real_world.SEEN, *real_world.UNSEEN)
+    conditions = {kind.name: kind.form.format(kind.values[0]) for kind in kinds}
+    names = list(conditions)
+    criteria = Criteria({name: DomainCriteria(condition) for name, condition in conditions.items()})
+    shown = DensityRatioScorer(share=plain, criteria=criteria)
+    found: dict[str, Any] = {}
+    every: dict[str, list[float]] = {"none": [], "own": [], "other": [], "shorter": []}
+    asked: list[str] = []
+    for kind in kinds:
+        tasks = [real_world.Task(topic, kind, kind.values[0]) for topic in topics]
+        pairs = choose_pairs(tasks, groups, per_prompt=per_prompt, nearest=False)
+        if not pairs:
+            continue
+        other = names[(names.index(kind.name) + 1) % len(names)]
+        scores = {
+            "none": score_samples(plain, pairs, bare=True),
+            "own": score_samples(shown, pairs, bare=True, domain=kind.name),
+            "other": score_samples(shown, pairs, bare=True, domain=other),
+        }
+        wins = {name: _wins([score.value or 0.0 for score in column]) for name, column in scores.items()}
+        wins["shorter"] = _wins([-score.n_tokens for score in scores["none"]])
+        topics_of = [pair.task.topic for pair in pairs]
+        found[kind.name] = {"pairs": len(pairs)} | {name: bootstrap(won, topics_of) for name, won in wins.items()}
+        for name, won in wins.items():
+            every[name] += won
+        asked += topics_of
+    found["all"] = {"pairs": len(asked)} | {name: bootstrap(won, asked) for name, won in every.items()}
+    return found
+
+
+def bootstrap(values: Sequence[float], groups: Sequence[object], *, seed: int = 0) -> list[float]:
+    """
+    A mean with its 95 % interval, by drawing whole groups anew (2,000 times, seeded).
+
+    Args:
+        values (`Sequence[float]`): What is averaged.
+        groups (`Sequence`): To which group each belongs: values of one prompt are not independent.
+
+    Returns:
+        `list[float]`: mean, 2.5 % and 97.5 % quantile of the resampled means.
+    """
+    by_group: dict[object, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        by_group.setdefault(group, []).append(value)
+    sums = [(sum(one), len(one)) for one in by_group.values()]
+    rng = random.Random(seed)
+    means = []
+    for _ in range(_RESAMPLES):
+        again = rng.choices(sums, k=len(sums))
+        means.append(sum(total for total, _ in again) / sum(count for _, count in again))
+    means.sort()
+    return [sum(values) / len(values), means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES)]]
+
+
+def score_samples(
+    scorer: DensityRatioScorer, pairs: Sequence[Pair], *, bare: bool = False, domain: str | None = None
+) -> list[Score]:
+    """Scores of right, wrong, right, wrong, ...; `bare`: as completions to the request without its condition."""
+    rows = [(pair.task, one) for pair in pairs for one in (pair.right, pair.wrong)]
+    distinct = list({(task.request, one): (task, one) for task, one in rows}.values())
+    scores = scorer.score(
+        [real_world.ask(task.topic) if bare else task.prompt for task, _ in distinct],
+        [one.text for _, one in distinct],
+        finished=[one.finished for _, one in distinct],
+        domains=None if domain is None else [domain] * len(distinct),
+    )
+    found = {(task.request, one): score for (task, one), score in zip(distinct, scores, strict=True)}
+    return [found[task.request, one] for task, one in rows]
+
+
+def _judge(scores: Sequence[Score]) -> dict[str, list[Any]]:
+    rng = random.Random(0)
+    judged: dict[str, Callable[[Score], Any]] = {
+        "ratio": lambda score: score.value,
+        "strong_logps": lambda score: score.strong_logps,
+        "strong_mean": lambda score: (score.strong_logps or 0.0) / score.n_tokens,
+        "weak_logps": lambda score: score.weak_logps,
+        "shorter": lambda score: -score.n_tokens,
+        "random": lambda _: rng.random(),
+    }
+    return {name: [judge(score) for score in scores] for name, judge in judged.items()}
+
+
+def _wins(values: Sequence[float]) -> list[float]:
+    """1 where the right one's value is higher, 0 where the wrong one's is; a tie counts half."""
+    return [(right > wrong) + (right == wrong) / 2 for right, wrong in zip(values[::2], values[1::2], strict=True)]
+
+
+def _shares(pairs: Sequence[Pair], values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    requests = [pair.task.request for pair in pairs]
+    return {"pairs": len(pairs)} | {name: bootstrap(_wins(column), requests) for name, column in values.items()}

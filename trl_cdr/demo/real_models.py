@@ -1,0 +1,242 @@
+"""The real world's models: sampling, and a pair made by the recipe that users would use.
+
+`real_world` says what is asked and checks it; `smollm` brings the model; `real` measures what is built here.
+"""
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
+
+from ..errors import ConfigError
+from ..scoring.checkpoint import identify_weights
+from . import real_world
+from .cache import build_once
+from .models import Sample, progress, seeded
+from .story import TINY_RUN, quiet_trl
+
+RECIPE_VERSION = 1
+"""Part of the cache folder's name. Raise it with every change of the tasks, the sampling or the tuning."""
+
+_BATCH = 64  # sequences
+_PER_PROMPT = 4
+_PAIRS_PER_PROMPT = 2
+_TUNING: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "cosine",
+    "beta": 0.1,
+    "loss_type": ["sigmoid", "sft"],  # without the likelihood the model forgets how to write
+    "loss_weights": [1.0, 0.2],
+    "per_device_train_batch_size": 8,
+    "max_length": 256,
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two completions to one task, both written by one model; gold calls the first right and the second wrong."""
+
+    task: real_world.Task
+    right: Sample
+    wrong: Sample
+
+
+def load_policy(model: str | Path) -> PreTrainedModel:
+    """The model as it is trained: in bfloat16, on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
+
+
+def end_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens at which the model's `generate` stops."""
+    ends = model.generation_config.eos_token_id
+    return frozenset([ends] if isinstance(ends, int) else ends)
+
+
+def make_lora() -> Any:
+    """
+    The adapter that the strong model and the policies are trained with: a `peft.LoraConfig`.
+
+    Raises:
+        ConfigError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigError(
+            "the real demo trains LoRA adapters, and peft is not installed. Run: pip install peft"
+        ) from error
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[real_world.Message]],
+    *,
+    per_prompt: int,
+    seed: int,
+    temperature: float = 1.0,
+    label: str = "sampling",
+) -> list[list[Sample]]:
+    """
+    Let a model write `per_prompt` completions to each prompt, at most `real_world.MAX_NEW_TOKENS` tokens long.
+
+    The model's training mode and the global random state are as before when it returns.
+    """
+    rendered = tokenizer.apply_chat_template(list(prompts), tokenize=False, add_generation_prompt=True)
+    was_training = model.training
+    model.eval()
+    stops = torch.tensor(sorted(end_ids(model)), device=model.device)
+    at_once = max(1, _BATCH // per_prompt)
+    groups: list[list[Sample]] = []
+    with torch.no_grad(), seeded(seed), progress() as bars:
+        bar = bars.add_task(label, total=len(rendered))
+        for start in range(0, len(rendered), at_once):
+            texts = rendered[start : start + at_once]
+            batch = tokenizer(
+                texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+            ).to(model.device)
+            ids = model.generate(
+                **batch,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=per_prompt,
+                max_new_tokens=real_world.MAX_NEW_TOKENS,
+            )[:, batch["input_ids"].shape[1] :]  # (B * per_prompt, T)
+            ends = torch.isin(ids, stops).any(dim=1).tolist()
+            said = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            rows = [Sample(text, end) for text, end in zip(said, ends, strict=True)]
+            groups += [rows[place : place + per_prompt] for place in range(0, len(rows), per_prompt)]
+            bars.advance(bar, len(texts))
+    model.train(was_training)
+    return groups
+
+
+def choose_pairs(
+    tasks: Sequence[real_world.Task],
+    groups: Sequence[Sequence[Sample]],
+    *,
+    per_prompt: int,
+    nearest: bool = True,
+) -> list[Pair]:
+    """
+    Pairs of a completion that gold calls right and one that it calls wrong, none in two pairs.
+
+    Args:
+        tasks, groups: Each task and what was written to it.
+        per_prompt (`int`): At most so many pairs a task.
+        nearest (`bool`, *optional*, defaults to `True`): To each right one the wrong one that is nearest in length: a
+            model that is tuned on such pairs learns what was asked for, not to be brief. Else in the order in which
+            they were written.
+    """
+    pairs = []
+    for task, group in zip(tasks, groups, strict=True):
+        golds = [real_world.gold(task, one.text, one.finished) for one in group]
+        right = [one for one, gold in zip(group, golds, strict=True) if gold]
+        wrong = [one for one, gold in zip(group, golds, strict=True) if not gold]
+        for one in right[:per_prompt]:
+            if not wrong:
+                break
+            other = wrong[0]
+            if nearest:
+                other = min(wrong, key=lambda two: abs(len(two.text.split()) - len(one.text.split())))
+            wrong.remove(other)
+            pairs.append(Pair(task, one, other))
+    return pairs
+
+
+def build_strong(model: str, *, cache: bool = True) -> Path:
+    """
+    The model, tuned by TRL's `DPOTrainer` (LoRA) on pairs that it wrote itself and `real_world`'s checks told apart, to
+    training topics and seen kinds only; or what is in the cache. A folder with merged weights in float32.
+
+    Args:
+        model (`str`): Name or path of the weak model.
+        cache (`bool`, *optional*, defaults to `True`): `False` builds again.
+
+    Raises:
+        ConfigError: the cache folder can't be written.
+        ModelError: there is no such model.
+    """
+    weights = hashlib.sha256(identify_weights(model, "model").encode()).hexdigest()[:12]
+    return build_once(f"real-strong-v{RECIPE_VERSION}-{weights}", partial(_tune, model), cache=cache)
+
+
+def _tune(model: str, folder: Path) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    adapter = make_lora()
+    started = time.perf_counter()
+    tokenizer, weak = AutoTokenizer.from_pretrained(model), load_policy(model)
+    tasks = real_world.TRAIN
+    groups = sample(
+        weak, tokenizer, [task.prompt for task in tasks], per_prompt=_PER_PROMPT, seed=0, label="weak writes"
+    )
+    pairs = choose_pairs(tasks, groups, per_prompt=_PAIRS_PER_PROMPT)
+    steps = len(pairs) // _TUNING["per_device_train_batch_size"]
+    with quiet_trl(), tempfile.TemporaryDirectory() as scratch, progress() as bars:
+        bar = bars.add_task("tuning strong", total=steps)
+        trainer = DPOTrainer(
+            model=weak,
+            args=DPOConfig(output_dir=scratch, seed=0, max_steps=steps, **_TUNING, **TINY_RUN),
+            train_dataset=Dataset.from_list([_as_row(pair) for pair in pairs]),
+            processing_class=tokenizer,
+            peft_config=adapter,
+            callbacks=[_Advance(partial(bars.advance, bar))],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        trainer.model.save_pretrained(scratch)
+        strong = _merge(model, scratch)
+    strong.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    about = {"pairs": len(pairs), "steps": steps, "seconds": round(time.perf_counter() - started)}
+    (folder / "tuning.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+    Console(stderr=True).print(
+        f"tuned strong by DPO on {len(pairs)} pairs that weak wrote, {about['seconds']} s", highlight=False
+    )
+
+
+class _Advance(TrainerCallback):  # type: ignore[misc]
+    """Move a progress bar with every step."""
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self._advance = advance
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._advance()
+
+
+def _merge(model: str, adapter: str) -> PreTrainedModel:
+    """The model with an adapter added to its weights as they are on disk, in float32: not to their bfloat16."""
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+
+
+def _as_row(pair: Pair) -> dict[str, Any]:
+    said = {"chosen": pair.right, "rejected": pair.wrong}
+    return {"prompt": pair.task.prompt} | {
+        name: [{"role": "assistant", "content": one.text}] for name, one in said.items()
+    }
