@@ -1,5 +1,6 @@
 """The naive way to a score: one row at a time, the model's own full logits, log_softmax, sums in float64."""
 
+import math
 from itertools import accumulate
 
 import torch
@@ -31,6 +32,34 @@ def typicality(model, prompt_ids, completion_ids) -> float:
         surplus += float(logps[place, token]) - mean
         spread += float((logps[place].exp() * (logps[place] - mean).square()).sum().sqrt())
     return surplus / spread
+
+
+def next_logps(model, ids) -> torch.Tensor:
+    """What the model says of each next token: (B, T) ids -> (B, T, V), float64 nats."""
+    with torch.no_grad():
+        return model(input_ids=ids).logits.double().log_softmax(-1)
+
+
+def surprise_terms(logps, targets, end_ids) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of (N, V) log-probabilities in float64: each target's, twice its log-ratio at temperature 2, -log(1 - p_end)."""
+    own = logps[torch.arange(len(targets)), targets]
+    hot = (logps / 2).log_softmax(-1)[torch.arange(len(targets)), targets]
+    others = [id for id in range(logps.shape[1]) if id not in end_ids]
+    return own, 2 * (hot - own), -logps[:, others].logsumexp(-1).clamp(min=-24 * math.log(2))
+
+
+def worst_window(terms) -> float:
+    """The largest sum of any window, the empty one included."""
+    spans = [(start, stop) for start in range(len(terms)) for stop in range(start + 1, len(terms) + 1)]
+    return max([0.0, *(sum(terms[start:stop]) for start, stop in spans)])
+
+
+def surprise(model, prompt_ids, completion_ids, end_ids, *, finished) -> tuple[float, float]:
+    """C and S of one row."""
+    ids = torch.tensor([[*prompt_ids, *completion_ids]], device=model.device)
+    logps = next_logps(model, ids)[0, len(prompt_ids) - 1 : -1]
+    _, terms, ends = surprise_terms(logps, torch.tensor(completion_ids), end_ids)
+    return worst_window(terms.tolist()), float(ends[: len(ends) - bool(finished)].sum())
 
 
 def split_text(tokenizer, rendered: str, completion: str, end: str) -> tuple[list[int], list[int]]:

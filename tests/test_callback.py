@@ -33,7 +33,15 @@ COMMON = {
 }
 CRITERIA = Criteria({"quick": DomainCriteria("be quick"), "plain": DomainCriteria()})
 METRICS = {"strong_logps", "weak_logps", "log_ratio_std", "tokens", "truncated", "unscorable", "seconds", "gated"}
-METRICS |= {"typicality", "ties", "distinct_tokens", "length_correlation", "strong_logps_per_token"}
+METRICS |= {
+    "typicality",
+    "surprise",
+    "survival",
+    "ties",
+    "distinct_tokens",
+    "length_correlation",
+    "strong_logps_per_token",
+}
 
 
 class Integration(TrainerCallback):
@@ -241,7 +249,9 @@ def test_the_completions_of_online_dpo(tmp_path, reward, tokenizer, capsys):
     assert [path.name for path in files] == names
     rows = pq.read_table(files[0]).to_pylist()
     assert len(rows) == 2 * 8
-    assert {"prompt", "completion", "reward", "log_ratio", "typicality", "domain"} <= set(rows[0])
+    assert {"prompt", "completion", "reward", "log_ratio", "typicality", "surprise", "survival", "domain"} <= set(
+        rows[0]
+    )
     assert "Step 5" in capsys.readouterr().out
 
 

@@ -226,7 +226,10 @@ def test_doctor(checkpoints, capsys, tmp_path):
     assert printed.count("runs packed") == 2
     assert "a turn ends with '<|im_end|>'" in printed
     assert "every row encoded once" in printed
+    assert "gate: typicality" in printed
     assert "MB more at work, kept prefixes" in printed
+    main(["doctor", "--cdr_strong", str(strong), "--cdr_weak", checkpoints["weak"], "--cdr_gate", "surprise"])
+    assert "gate: surprise, and survival beyond '<|im_end|>'" in capsys.readouterr().out
     assert "unknown arguments: foo" in fails(capsys, ["doctor", "--foo", "--cdr_strong", "a", "--cdr_weak", "b"])
 
 

@@ -87,7 +87,7 @@ def test_online_preferences_are_the_same_everywhere(loss, fixed_pair, tmp_path, 
     )
     trainer = OnlinePreferenceTrainer(
         str(tmp_path / "policy"),
-        CDRReward(*fixed_pair, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer, typicality=float("inf")),
+        CDRReward(*fixed_pair, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer, gate="none"),
         args,
         train_dataset=Dataset.from_dict(
             {"prompt": [chat(word) for word in ("hello", "what is this", "the quick brown fox", "a lazy dog") * 8]}

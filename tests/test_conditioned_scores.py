@@ -171,7 +171,7 @@ def test_what_sharing_refuses(checkpoints, options, message):
 
 
 def test_the_reward_reads_the_column(checkpoints):
-    plain = {"typicality": float("inf")}
+    plain = {"gate": "none"}
     reward = CDRReward(checkpoints["strong"], checkpoints["weak"], criteria=CRITERIA, router="column:kind", **plain)
     rows = {"prompts": [chat("hello")] * 2, "completions": [answer("world")] * 2}
     values = reward(**rows, kind=["lazy", "plain"])

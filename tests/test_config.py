@@ -28,7 +28,8 @@ NAMES = {
     "cdr_add_special_tokens": "auto",
     "cdr_max_length": None,
     "cdr_token_budget": 8192,
-    "cdr_typicality": 1.5,
+    "cdr_gate": "typicality",
+    "cdr_typicality": None,
     "cdr_on_unscorable": "auto",
     "cdr_name": "cdr",
     "cdr_prefix_cache_tokens": 8192,
@@ -58,9 +59,11 @@ def test_the_public_names_and_defaults():
         ("cdr_max_length", 1, "cdr_max_length is 1"),
         ("cdr_token_budget", 0, "cdr_token_budget is 0"),
         ("cdr_prefix_cache_tokens", -1, "cdr_prefix_cache_tokens is -1"),
+        ("cdr_gate", "off", "cdr_gate is 'off'. Use one of: surprise, typicality, none"),
+        ("cdr_gate", None, "cdr_gate is None. Use one of"),
         ("cdr_typicality", 0, "cdr_typicality is 0: it counts standard deviations"),
         ("cdr_typicality", float("nan"), "cdr_typicality is nan"),
-        ("cdr_typicality", "inf", r"cdr_typicality is 'inf' \(str\). It takes float"),
+        ("cdr_typicality", "inf", r"cdr_typicality is 'inf' \(str\). It takes float or None"),
         ("cdr_num_exemplars", -1, "cdr_num_exemplars is -1"),
         ("cdr_exemplar_style", "chat", "Use one of: inline, turns"),
         ("cdr_domain", "safety", "cdr_domain is 'safety' and cdr_criteria is missing"),
@@ -85,6 +88,40 @@ def test_what_is_refused_names_the_option_the_value_and_the_rule(name, value, me
 def test_a_bare_boolean_from_yaml():
     assert CDRConfig("a", "b", cdr_add_special_tokens=True).cdr_add_special_tokens == "true"
     assert CDRConfig("a", "b", cdr_add_special_tokens=False).cdr_add_special_tokens == "false"
+
+
+@pytest.mark.parametrize(
+    ("bound", "gate", "advice"),
+    [
+        (float("inf"), "none", "In place of cdr_typicality=inf write cdr_gate='none'."),
+        (2.0, "typicality", "In place of cdr_typicality=2.0 write cdr_gate='typicality', whose bound is 1.5."),
+        (2, "typicality", "In place of cdr_typicality=2 write cdr_gate='typicality'"),
+    ],
+)
+def test_typicality_is_deprecated_and_says_what_to_write(bound, gate, advice):
+    with pytest.warns(FutureWarning, match=advice) as caught:
+        config = CDRConfig("a", "b", cdr_typicality=bound)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert config.cdr_gate == gate
+    assert config.typicality_bound == (2 if gate == "typicality" else 1.5)
+    if gate == "none":  # a copy has nothing more to say, and says the same
+        assert CDRConfig.from_options(**config.options()) == config
+    with pytest.warns(FutureWarning):
+        assert CDRReward("a", "b", typicality=bound).config == config
+    with pytest.warns(FutureWarning):
+        assert CDRConfig("a", "b", cdr_gate=gate, cdr_typicality=bound) == config
+    other = "surprise" if gate == "none" else "none"
+    with pytest.raises(ConfigError, match=f"cdr_gate is '{other}', and cdr_typicality={bound} asks for '{gate}'"):
+        CDRConfig("a", "b", cdr_gate=other, cdr_typicality=bound)
+
+
+def test_the_gate_from_yaml_and_the_command_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("cdr_strong: a\ncdr_weak: b\ncdr_gate: none\n")  # a string: YAML's nothing is null
+    *_, config = parse(*COMMON, "--config", str(path))
+    assert config.cdr_gate == "none"
+    *_, config = parse(*COMMON, "--config", str(path), "--cdr_gate", "surprise")
+    assert config.cdr_gate == "surprise"
 
 
 def test_keyword_arguments_go_without_the_prefix():
@@ -149,7 +186,8 @@ def test_what_may_be_stored_of_a_config():
     """No secret, nothing of one machine, and JSON as the standard has it."""
     local = {"token": "hf_secret", "cache_dir": "/home/me", "local_files_only": True}
     shared = {"dtype": torch.bfloat16, "sizes": (1, float("nan")), "of": {1: None}}
-    config = CDRConfig("a", "b", cdr_typicality=float("inf"), cdr_model_init_kwargs=local | shared)
+    config = CDRConfig("a", "b", cdr_model_init_kwargs=local | shared)
+    config.cdr_typicality = float("inf")  # as earlier versions kept it
     stored = shareable_options(config)
     assert stored == dataclasses.asdict(config) | {
         "cdr_typicality": "inf",

@@ -16,7 +16,7 @@ PAIR = {"CDR_STRONG": "a", "CDR_WEAK": "b"}
 def test_types_are_those_of_the_fields():
     environment = {
         **PAIR,
-        "CDR_TYPICALITY": "inf",
+        "CDR_GATE": "none",
         "CDR_TOKEN_BUDGET": "512",
         "CDR_CHAT_TEMPLATE_KWARGS": '{"enable_thinking": false}',
         "CDR_CRITERIA": "safety+reasoning",
@@ -28,7 +28,7 @@ def test_types_are_those_of_the_fields():
     assert read_environment(environment) == CDRConfig(
         "a",
         "b",
-        cdr_typicality=float("inf"),
+        cdr_gate="none",
         cdr_token_budget=512,
         cdr_chat_template_kwargs={"enable_thinking": False},
         cdr_criteria="safety+reasoning",
@@ -44,6 +44,7 @@ def test_types_are_those_of_the_fields():
         ({"CDR_STRNOG": "a"}, "CDR_STRNOG is set and is no option. Unset it, or use one of: CDR_STRONG, CDR_WEAK"),
         ({"CDR_TOKEN_BUDGET": "many"}, "In the environment: argument --cdr_token_budget.*: invalid int value: 'many'"),
         ({"CDR_REDUCTION": "max"}, "In the environment: argument --cdr_reduction.*: invalid choice: 'max'"),
+        ({"CDR_GATE": "off"}, "In the environment: argument --cdr_gate.*: invalid choice: 'off'"),
         ({"CDR_TYPICALITY": "-1"}, "In the environment: cdr_typicality is -1.0"),
         ({"CDR_MODEL_INIT_KWARGS": "{'a': 1}"}, "In the environment: cdr_model_init_kwargs is .* no JSON"),
     ],

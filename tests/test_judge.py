@@ -28,7 +28,7 @@ def render(messages):
 @pytest.fixture(scope="module")
 def reward(checkpoints):
     """The plain ratio: what random models say of text is never typical."""
-    return CDRReward(checkpoints["strong"], checkpoints["weak"], typicality=math.inf)
+    return CDRReward(checkpoints["strong"], checkpoints["weak"], gate="none")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,8 @@ def test_equal_completions_tie(judge):
 
 def test_the_gate(checkpoints, reward):
     """The judge compares rewards: random models find both texts unknown, and positive ratios are worth -1."""
-    gated = CDRJudge(CDRReward(share=reward, name="gated", typicality=0.01), temperature=2.0)
+    with pytest.warns(FutureWarning, match="cdr_typicality is deprecated"):
+        gated = CDRJudge(CDRReward(share=reward, name="gated", typicality=0.01), temperature=2.0)
     expected = rewards_of(gated.reward, PROMPTS, PAIRS)
     plain = rewards_of(reward, PROMPTS, PAIRS)
     for rewards, ratios in zip(expected, plain, strict=True):
@@ -138,6 +139,19 @@ def test_the_gate(checkpoints, reward):
     margins = [first - second for first, second in expected]
     probabilities = gated.judge(PROMPTS, PAIRS, return_scores=True)
     assert probabilities == pytest.approx([1 / (1 + math.exp(-margin / 2)) for margin in margins], abs=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_what_surprises_the_strong_model(checkpoints, reduction):
+    """Its rewards are those of the reward: less by nats, or by nats per token."""
+    options = {"gate": "surprise", "reduction": reduction}
+    judge = CDRJudge(strong=checkpoints["strong"], weak=checkpoints["weak"], **options)
+    expected = rewards_of(judge.reward, PROMPTS, PAIRS)
+    probabilities = judge.judge(PROMPTS, PAIRS, return_scores=True)
+    margins = [first - second for first, second in expected]
+    assert probabilities == pytest.approx([1 / (1 + math.exp(-margin)) for margin in margins], abs=1e-4)
+    assert judge.judge(PROMPTS, PAIRS) == [0 if margin >= 0 else 1 for margin in margins]
+    assert all(reward is not None for pair in expected for reward in pair)
 
 
 def test_better():
@@ -221,8 +235,8 @@ def test_bad_constructions(reward):
 
 def test_sharing_and_building(judge, reward, checkpoints):
     assert judge.reward is reward
-    own = CDRJudge(strong=checkpoints["strong"], weak=checkpoints["weak"], typicality=math.inf)
-    config = CDRConfig(cdr_strong=checkpoints["strong"], cdr_weak=checkpoints["weak"], cdr_typicality=math.inf)
+    own = CDRJudge(strong=checkpoints["strong"], weak=checkpoints["weak"], gate="none")
+    config = CDRConfig(cdr_strong=checkpoints["strong"], cdr_weak=checkpoints["weak"], cdr_gate="none")
     for other in (own, CDRJudge.from_config(config), pickle.loads(pickle.dumps(judge))):
         assert other.judge(PROMPTS, PAIRS) == judge.judge(PROMPTS, PAIRS)
 

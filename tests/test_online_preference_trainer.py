@@ -174,7 +174,7 @@ def test_the_loss_is_that_of_the_best_and_the_worst(loss, temperature, kind, tmp
 
 def test_metrics(tmp_path, policy, tokenizer, checkpoints):
     """Ours beside TRL's and the reward's, in the log and in evaluation."""
-    reward = CDRReward(checkpoints["strong"], checkpoints["weak"], typicality=math.inf)
+    reward = CDRReward(checkpoints["strong"], checkpoints["weak"], gate="none")
     trainer = make(tmp_path, policy, tokenizer, reward, num_generations_eval=2)
     trainer.add_callback(CDRCallback(reward, trainer))
     trainer.train()
@@ -488,7 +488,7 @@ def test_the_completions_table_shows_the_pairs(tmp_path, policy, tokenizer, caps
 @pytest.mark.parametrize(("loss", "strategy"), [("simpo", "best_random"), ("dpo", "best_worst")])
 def test_a_resumed_run_equals_an_uninterrupted_one(loss, strategy, tmp_path, policy, tokenizer, checkpoints):
     def run(folder, resume=None):
-        reward = CDRReward(checkpoints["strong"], checkpoints["weak"], typicality=math.inf)
+        reward = CDRReward(checkpoints["strong"], checkpoints["weak"], gate="none")
         options = {"preference_loss": loss, "pair_strategy": strategy, "save_strategy": "steps", "save_steps": 2}
         trainer = make(folder, policy, tokenizer, reward, kind=OnlinePreferenceTrainer, max_steps=4, **options)
         trainer.train(resume_from_checkpoint=resume and str(resume))

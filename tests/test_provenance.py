@@ -140,7 +140,7 @@ def test_from_the_environment(tmp_path, tokenizer, checkpoints, monkeypatch):
 
 
 def test_several_rewards(tmp_path, reward, tokenizer):
-    second = CDRReward(share=reward, name="second", typicality=float("inf"))
+    second = CDRReward(share=reward, name="second", gate="none")
     trainer = make("grpo", tmp_path, [reward, second], tokenizer)
     trainer.add_callback(CDRCallback(second, trainer))
     trainer.train()
@@ -150,13 +150,14 @@ def test_several_rewards(tmp_path, reward, tokenizer):
     trainer.create_model_card(model_name="mine")
     card = (tmp_path / "README.md").read_text()
     assert "| | `cdr_reward` | `second_reward` |\n|---|---|---|\n" in card
-    assert "| gate | typicality 1.5 | none: the plain ratio |" in card
+    assert "| gate | typicality | none: the plain ratio |" in card
 
 
 def test_a_pair_with_revisions():
     record = {
         "name": "cdr_reward",
-        "config": {"cdr_typicality": 2.0, "cdr_criteria": "safety", "cdr_router": None, "cdr_domain": "safety"},
+        "config": {"cdr_gate": "typicality", "cdr_typicality": 2.0, "cdr_criteria": "safety"}
+        | {"cdr_router": None, "cdr_domain": "safety"},
         "models": {"strong": {"name": "a/b", "weights": "commit c0ffee"}, "weak": {"name": "a/c", "weights": None}},
         "criteria_sha256": "0123456789abcdef",
         "versions": {"trl-cdr": "1.2.3"},
@@ -165,13 +166,15 @@ def test_a_pair_with_revisions():
     assert "`GRPOTrainer` (loss `dapo`) learnt from labels that trl-cdr 1.2.3 computed" in section
     assert "| strong | `a/b`, commit `c0ffee` |\n| weak | `a/c` |\n| gate | typicality 2.0 |\n" in section
     assert "| criteria | `safety` (SHA-256 `0123456789ab`), domain: `safety` |\n" in section
+    surprise = record | {"config": record["config"] | {"cdr_gate": "surprise", "cdr_typicality": None}}
+    assert "| gate | surprise |\n" in labelling_section([surprise], trainer="GRPOTrainer", loss=None)
     plain = record | {"criteria_sha256": None}
     assert "| criteria | none |" in labelling_section([plain], trainer="RLOOTrainer", loss=None)
 
 
 def test_no_secret_is_written_and_everything_is_json(tmp_path, tokenizer, checkpoints):
     kwargs = {"token": "hf_secret", "dtype": torch.float32, "cache_dir": "/home/me"}
-    reward = CDRReward(**checkpoints, model_init_kwargs=kwargs, typicality=float("inf"))
+    reward = CDRReward(**checkpoints, model_init_kwargs=kwargs, gate="none")
     trainer = make("grpo", tmp_path, reward, tokenizer)
     trainer.train()
     trainer.create_model_card(model_name="mine")

@@ -60,7 +60,7 @@ def same(left, right):
 def test_again_and_resumed(name, kind, tmp_path, checkpoints, tokenizer):
     def make():
         # The plain ratio: the gate would give most completions of a random policy one and the same reward.
-        plain = {"typicality": float("inf")}
+        plain = {"gate": "none"}
         return constant if kind == "constant" else CDRReward(checkpoints["strong"], checkpoints["weak"], **plain)
 
     policy = checkpoints["weak"]

@@ -1,5 +1,6 @@
 """TRL's reward-function contract."""
 
+import math
 import pickle
 
 import pytest
@@ -20,13 +21,14 @@ from trl_cdr import (
     Score,
     UnscorableError,
 )
+from trl_cdr.scoring.surprise import surprise_reward
 from trl_cdr.training.reward import rewards_from_scores
 
 
 @pytest.fixture(scope="module")
 def reward(checkpoints):
     """The plain ratio: what random models say of text is never typical."""
-    return CDRReward(checkpoints["strong"], checkpoints["weak"], typicality=float("inf"))
+    return CDRReward(checkpoints["strong"], checkpoints["weak"], gate="none")
 
 
 def test_the_contract(reward):
@@ -98,7 +100,7 @@ def test_the_gate_makes_the_reward_and_leaves_the_score(checkpoints, strong, tok
             unknown.append(int(strong(torch.tensor([unknown])).logits[0, -1][: len(tokenizer) - 2].argmin()))
     rows = [own[len(ids) :], unknown[len(ids) :]]
     texts = [answer(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
-    reward = CDRReward(checkpoints["strong"], checkpoints["weak"])
+    reward = CDRReward(checkpoints["strong"], checkpoints["weak"], gate="typicality")
     logged = {}
     rewards = reward([prompt] * 2, texts, rows, log_metric=logged.__setitem__)
     scores = reward.scorer.score([prompt] * 2, texts, completion_ids=rows)
@@ -106,8 +108,29 @@ def test_the_gate_makes_the_reward_and_leaves_the_score(checkpoints, strong, tok
     assert rewards == [scores[0].value, min(scores[1].value, 0) - 1]
     assert logged["cdr/gated"] == 0.5
     assert logged["cdr/typicality"] == pytest.approx((scores[0].typicality + scores[1].typicality) / 2)
-    plain = CDRReward(share=reward, name="plain", typicality=float("inf"))
+    plain = CDRReward(share=reward, name="plain", gate="none")
     assert plain([prompt] * 2, texts, rows) == pytest.approx([score.value for score in scores], abs=1e-5)
+    for reduction in ("sum", "mean"):
+        exact = CDRReward(share=reward, name="exact", gate="surprise", reduction=reduction)
+        rewards = exact([prompt] * 2, texts, rows, log_metric=logged.__setitem__)
+        scores = exact.scorer.score([prompt] * 2, texts, completion_ids=rows)
+        assert [score.gated for score in scores] == [False, True]
+        assert scores[0].surprise < 1 < 2 * math.log(6 / 0.01) < scores[1].surprise
+        assert rewards == [
+            surprise_reward(
+                score.value,
+                surprise=score.surprise,
+                survived=score.survival,
+                n_tokens=6,
+                is_cut_off=True,
+                reduction=reduction,
+            )
+            for score in scores
+        ]
+        assert rewards[1] < min(scores[1].value, 0) - 1
+        assert logged["exact/gated"] == 0.5
+        assert logged["exact/surprise"] == pytest.approx((scores[0].surprise + scores[1].surprise) / 2)
+        assert logged["exact/survival"] == pytest.approx((scores[0].survival + scores[1].survival) / 2)
 
 
 def test_raise_names_the_row_and_the_reason(checkpoints):

@@ -192,17 +192,15 @@ def test_an_option_that_changes_no_score_is_not(score, checkpoints):
 def test_a_token_is_neither_written_nor_compared(score, out, tmp_path):
     """Nor where the models are kept; a folder of an earlier version may hold them, and infinity as JSON has it not."""
     local = {"token": "hf_secret", "cache_dir": str(tmp_path / "cache"), "local_files_only": True}
-    whole = score(cdr_model_init_kwargs=local, cdr_typicality=float("inf"))
+    whole = score(cdr_model_init_kwargs=local, cdr_gate="none")
     text = (out / "options.json").read_text()
     assert not [name for name in ('"token"', "cache_dir", "local_files_only", "hf_secret", "Infinity") if name in text]
-    assert score(cdr_typicality=float("inf")) == whole
-    before = json.loads(text) | {"cdr_model_init_kwargs": local, "cdr_typicality": float("inf")}
+    assert score(cdr_gate="none") == whole
+    before = json.loads(text) | {"cdr_model_init_kwargs": local, "cdr_gate": "none"}
     write_json(out / "options.json", before)
-    assert score(cdr_model_init_kwargs={"token": "hf_rotated"}, cdr_typicality=float("inf")) == whole
+    assert score(cdr_model_init_kwargs={"token": "hf_rotated"}, cdr_gate="none") == whole
     with pytest.raises(ConfigError, match="cdr_model_init_kwargs=None, and now it is {'attn_implementation': 'eager'}"):
-        score(
-            cdr_model_init_kwargs={"token": "hf_rotated", "attn_implementation": "eager"}, cdr_typicality=float("inf")
-        )
+        score(cdr_model_init_kwargs={"token": "hf_rotated", "attn_implementation": "eager"}, cdr_gate="none")
 
 
 def test_a_second_process_is_refused(score, out, monkeypatch):
@@ -248,3 +246,10 @@ def test_kill_minus_nine(score, out, tmp_path, pair):
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     assert (out / "scores.jsonl").read_bytes() == b"".join(whole.splitlines(keepends=True)[:8])
     assert score() == whole
+
+
+def test_what_the_gate_found_is_written_and_another_gate_is_refused(score):
+    rows = [json.loads(line)["score"] for line in score(cdr_gate="surprise").splitlines()]
+    assert all(row["surprise"] > 0 and row["survival"] >= 0 and row["typicality"] is None for row in rows)
+    with pytest.raises(ConfigError, match="holds scores with cdr_gate='surprise', and now it is 'typicality'"):
+        score(cdr_gate="typicality")

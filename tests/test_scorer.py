@@ -1,5 +1,6 @@
 """The score against the naive reference, its invariants, and what can't be scored."""
 
+import math
 import pickle
 import random
 import time
@@ -8,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from oracle import completion_logps, render, split_text, typicality
+from oracle import completion_logps, render, split_text, surprise, typicality
 from tiny import BRACKETS, CHATML, answer, byte_tokenizer, chat, llama
 
 from trl_cdr import ConfigError, DensityRatioScorer, InputError, ModelError, Score
@@ -122,7 +123,7 @@ def test_typicality_equals_the_naive_reference_whatever_the_company(strong, weak
     rng = random.Random("typicality")
     prompts = [random_prompt(rng) for _ in range(40)]
     completions = [random_text(rng, 15) for _ in prompts]
-    scorer = make_scorer(strong, weak, tokenizer)
+    scorer = make_scorer(strong, weak, tokenizer, gate="typicality")
     together = scorer.score(prompts, completions)
     for prompt, completion, score in zip(prompts, completions, together, strict=True):
         prompt_ids, ids = split_text(tokenizer, render(tokenizer, plain(prompt)), completion, tokenizer.eos_token)
@@ -131,9 +132,87 @@ def test_typicality_equals_the_naive_reference_whatever_the_company(strong, weak
     assert sum(score.gated for score in together) > 0
     alone = [scorer.score([prompt], [said])[0] for prompt, said in zip(prompts, completions, strict=True)]
     torch.testing.assert_close([s.typicality for s in alone], [s.typicality for s in together], rtol=0, atol=1e-4)
-    off = make_scorer(strong, weak, tokenizer, typicality=float("inf")).score(prompts, completions)
-    assert {(score.typicality, score.gated) for score in off} == {(None, False)}
+    off = make_scorer(strong, weak, tokenizer, gate="none").score(prompts, completions)
+    assert {(score.typicality, score.surprise, score.gated) for score in off} == {(None, None, False)}
     torch.testing.assert_close([s.value for s in off], [s.value for s in together], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["packed", "padded", "row by row"])
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_surprise_and_survival_equal_the_naive_reference(strong, weak, tokenizer, checkpoints, way, is_loaded):
+    """Whatever the company, the way and who holds the models; two tokens end a text."""
+    rng = random.Random(f"surprise {way}")
+    prompts = [random_prompt(rng) for _ in range(10) for _ in range(2)]
+    completions = [random_text(rng, 15) for _ in prompts]
+    finished = [rng.choice([True, False, None]) for _ in prompts]
+    generation, strong.generation_config.eos_token_id = strong.generation_config.eos_token_id, [1, 4]
+    ends = {tokenizer.eos_token_id, 4}
+    pair = (checkpoints["strong"], checkpoints["weak"]) if is_loaded else (strong, weak)
+    scorer = make_scorer(*pair, tokenizer, gate="surprise")
+    scorer.load()
+    member = scorer._source.get().strong
+    member.lm.model.generation_config.eos_token_id = [1, 4]
+    member.lm.way()
+    if way != "packed":
+        member.lm._packed = None
+    if way == "row by row":
+        member.lm._padded = None
+    try:
+        scores = scorer.score(prompts, completions, finished=finished)
+    finally:
+        strong.generation_config.eos_token_id = generation
+    assert member.lm.way()[0] == way
+    for prompt, completion, said, score in zip(prompts, completions, finished, scores, strict=True):
+        end = tokenizer.eos_token if said else ""
+        prompt_ids, ids = split_text(tokenizer, render(tokenizer, plain(prompt)), completion, end)
+        worst, lived = surprise(strong, prompt_ids, ids, ends, finished=said)
+        assert score.surprise == pytest.approx(worst, abs=1e-3)
+        assert score.survival == pytest.approx(lived, abs=1e-3)
+        assert score.gated == (worst > 2 * math.log(len(ids) / 0.01) or lived > math.log(100))
+        assert score.typicality is None
+    assert {score.gated for score in scores} == {True, False}
+
+
+def test_without_an_end_token_survival_is_off_and_said_once(strong, weak, caplog):
+    endless = byte_tokenizer(template=None)
+    endless.eos_token = None
+    scorer = make_scorer(strong, weak, endless, gate="surprise")
+    for _ in range(2):
+        scores = scorer.score(["hello", "what is"], [" world", " this"], finished=[False, False])
+    assert [score.survival for score in scores] == [None, None]
+    assert all(score.surprise > 0 for score in scores)
+    assert caplog.text.count("has no end token") == 1
+    caplog.clear()
+    make_scorer(strong, weak, endless, gate="typicality").score(["hello"], [" world"], finished=[False])
+    assert "has no end token" not in caplog.text
+
+
+def test_an_end_token_that_the_model_can_not_predict_is_none(weak, tokenizer):
+    """Added behind the embeddings: its logit does not exist."""
+    small = llama(tokenizer.convert_tokens_to_ids("<think>"))
+    added = byte_tokenizer()
+    added.eos_token = "</think>"
+    added.chat_template = None
+    scorer = make_scorer(small, weak, added, gate="surprise")
+    [score] = scorer.score(["hello"], [" world"], finished=[False])
+    assert score.error is None
+    assert score.survival is None
+
+
+def test_a_completion_of_one_token(strong, weak, tokenizer):
+    scorer = make_scorer(strong, weak, tokenizer, gate="surprise")
+    ended, cut = scorer.score(["hello"] * 2, ["", "."], finished=[True, False])
+    assert (ended.n_tokens, cut.n_tokens) == (1, 1)
+    assert ended.survival == 0  # all that it did was to end
+    assert cut.survival > 0
+    assert ended.surprise >= 0
+
+
+def test_equal_models_have_no_ratio_behind_any_gate(strong, tokenizer):
+    copy = llama(len(tokenizer), seed=0)
+    for gate in ("surprise", "typicality", "none"):
+        scorer = make_scorer(strong, copy, tokenizer, gate=gate)
+        assert [score.value for score in scorer.score(["hello"] * 2, [" world", "12"])] == [0, 0]
 
 
 def test_the_random_rows_do_straddle(tokenizer):

@@ -95,7 +95,7 @@ def refused(run, capsys):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_each_trainer_from_yaml(name, options, run, policy, caplog, capsys):
-    options |= {"trainer": name, "cdr_name": "pair", "cdr_typicality": float("inf"), **TRAINERS[name]}
+    options |= {"trainer": name, "cdr_name": "pair", "cdr_gate": "none", **TRAINERS[name]}
     folder, steps, logged = run({**options, "cdr_chat_template_kwargs": {"enable_thinking": False}})
     said = capsys.readouterr()
     assert said.err.index("loading the pair: strong ") < said.err.index(f"loading the policy: {policy} (0.2 MB)")
@@ -165,7 +165,7 @@ def test_several_rewards_from_yaml(name, options, run, tmp_path, monkeypatch, ca
     (tmp_path / "my_own_rewards.py").write_text("def brief(completions, **_):\n    return [1.0 for _ in completions]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
-    objectives = [{"name": "plain", "typicality": float("inf")}, {"name": "safe", "criteria": "safety"}]
+    objectives = [{"name": "plain", "gate": "none"}, {"name": "safe", "criteria": "safety"}]
     *_, logged = run(
         {
             **options,
@@ -457,7 +457,7 @@ def test_trls_own_command(name, options, tmp_path):
     given = {key: options.pop(key) for key in ("cdr_strong", "cdr_weak")}
     options["dataset_name"] = str(Path(options["dataset_name"]).parent)  # this command takes no single file
     environment = {key.upper(): value for key, value in given.items()} | {"CDR_NAME": "pair"}
-    environment["CDR_TYPICALITY"] = float("inf")
+    environment["CDR_GATE"] = "none"
     settings = options | TRAINERS[name] | {"reward_funcs": ["trl_cdr.cdr_reward"], "env": environment}
     printed = launch(["trl.cli.main", name], tmp_path, settings)
     assert "rewards/pair_reward/mean" in printed

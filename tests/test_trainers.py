@@ -113,7 +113,7 @@ def test_the_trainers_tokenizer_tells_finished_completions_where_the_pairs_diffe
     policy_tokenizer = byte_tokenizer(280)
     policy = llama(len(policy_tokenizer), seed=2)
     policy.config.eos_token_id = policy.generation_config.eos_token_id = policy_tokenizer.eos_token_id
-    reward = Recorder(checkpoints["strong"], checkpoints["weak"], typicality=float("inf"))
+    reward = Recorder(checkpoints["strong"], checkpoints["weak"], gate="none")
     trainer = make("grpo", tmp_path, reward, policy_tokenizer, [chat(word) for word in WORDS * 4], policy)
     trainer.train()
     prompts, completions, ids, rewards = reward.calls[0]

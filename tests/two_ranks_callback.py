@@ -56,7 +56,7 @@ reward = CDRReward(
     weak_tokenizer=pair_tokenizer,
     criteria=Criteria({"quick": DomainCriteria("be quick"), "plain": DomainCriteria()}),
     router="column:kind",
-    typicality=float("inf"),
+    gate="none",
 )
 model = AutoModelForCausalLM.from_pretrained(policy)
 model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id

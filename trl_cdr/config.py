@@ -5,6 +5,7 @@ Neighbours: `scoring.scorer` and `training.reward` take the same options as keyw
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -28,6 +29,8 @@ PAIR_OPTIONS = (
     "prefix_cache_tokens",
 )
 """The options, without prefix, that say what the pair is and how it reads. Scorers that share a pair share these."""
+
+_TYPICALITY = 1.5  # below minus this, in standard deviations per token, a completion is not typical
 
 # Of `from_pretrained`: whose machine it is and who asks, not which models.
 _LOCAL_ARGUMENTS = {"token", "cache_dir", "local_files_only"}
@@ -121,11 +124,19 @@ class CDRConfig:
     cdr_token_budget: int = field(
         default=8192, metadata={"help": "Tokens of one forward, padding included. Halved when memory runs out."}
     )
-    cdr_typicality: float = field(
-        default=1.5,
+    cdr_gate: Literal["surprise", "typicality", "none"] = field(
+        default="typicality",
         metadata={
-            "help": "The gate: where a completion is less typical of the strong model than minus this (standard "
-            "deviations per token), the reward is min(log-ratio, 0) - 1. inf: off, the paper's plain ratio."
+            "help": "What stands between the log-ratio and the reward. surprise: completions lose by what the strong "
+            "model would hardly have written, and gain nothing where it would not; typicality: min(log-ratio, 0) - 1 "
+            "where it is unlikelier than its own on average; none: the paper's plain ratio."
+        },
+    )
+    cdr_typicality: float | None = field(
+        default=None,
+        metadata={
+            "help": "Deprecated: cdr_gate says it. The bound of the gate typicality, in standard deviations per token; "
+            "inf is cdr_gate none."
         },
     )
     cdr_on_unscorable: Literal["auto", "floor", "none", "raise"] = field(
@@ -192,11 +203,8 @@ class CDRConfig:
             raise ConfigError(
                 f"cdr_prefix_cache_tokens is {self.cdr_prefix_cache_tokens}: it counts tokens. Use 0 or more."
             )
-        if not self.cdr_typicality > 0:
-            raise ConfigError(
-                f"cdr_typicality is {self.cdr_typicality}: it counts standard deviations below the strong model's own "
-                "samples. Use more than 0, such as 1.5, or inf for no gate."
-            )
+        if self.cdr_typicality is not None:
+            self._read_typicality(self.cdr_typicality)
         if self.cdr_num_exemplars < 0:
             raise ConfigError(f"cdr_num_exemplars is {self.cdr_num_exemplars}: it counts exemplars. Use 0 or more.")
         if self.cdr_criteria is None:
@@ -222,6 +230,33 @@ class CDRConfig:
                 f"cdr_chat_template is {self.cdr_chat_template!r}, and no such file exists. Give the path of a file "
                 "that holds a Jinja chat template."
             )
+
+    @property
+    def typicality_bound(self) -> float:
+        """Below minus this the gate typicality closes, in standard deviations per token."""
+        return _TYPICALITY if self.cdr_typicality is None else self.cdr_typicality
+
+    def _read_typicality(self, bound: float) -> None:
+        """What `cdr_typicality` says of the gate: drop it with the next release."""
+        if not bound > 0:
+            raise ConfigError(
+                f"cdr_typicality is {bound}: it counts standard deviations below the strong model's own samples. Leave "
+                f"it out for {_TYPICALITY}, or pass cdr_gate='none' for no gate."
+            )
+        gate: Literal["typicality", "none"] = "none" if bound == math.inf else "typicality"
+        if self.cdr_gate not in (gate, CDRConfig.cdr_gate):
+            raise ConfigError(
+                f"cdr_gate is {self.cdr_gate!r}, and cdr_typicality={bound} asks for {gate!r}. Leave the latter out."
+            )
+        warnings.warn(
+            f"cdr_typicality is deprecated. In place of cdr_typicality={bound} write cdr_gate={gate!r}"
+            + (f", whose bound is {_TYPICALITY}." if gate == "typicality" else "."),
+            FutureWarning,
+            stacklevel=4,  # __post_init__, __init__, whoever builds the config
+        )
+        self.cdr_gate = gate
+        if gate == "none":  # so that it is said once: copies of a config are built anew
+            self.cdr_typicality = None
 
     @classmethod
     def from_options(cls, **options: Any) -> "CDRConfig":
@@ -310,6 +345,6 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             raise ConfigError(f"{name} is {value!r}. Use one of: {', '.join(choices)}.")
         return
     kinds = tuple(kind if isinstance(kind, type) else dict for kind in choices) or (hint,)
-    if not isinstance(value, (*kinds, int) if hint is float else kinds) or isinstance(value, bool):
+    if not isinstance(value, (*kinds, int) if float in kinds else kinds) or isinstance(value, bool):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ConfigError(f"{name} is {value!r} ({type(value).__name__}). It takes {wanted}.")

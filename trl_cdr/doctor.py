@@ -61,6 +61,14 @@ def print_examination(found: dict[str, Any]) -> None:
             ("", ""),
             ("together", "one vocabulary" if pair["shares_vocabulary"] else "different vocabularies"),
             ("", "every row encoded once" if pair["reads_alike"] else "every row encoded for each"),
+            ("", f"gate: {_describe_gate(pair['gate'], pair['strong']['end_tokens'])}"),
         ]
     for label, text in lines:
         print(f"{label:14}{text}".rstrip())
+
+
+def _describe_gate(gate: str, end_tokens: list[str]) -> str:
+    if gate != "surprise":
+        return gate
+    ends = ", ".join(map(repr, end_tokens))
+    return f"surprise, and survival beyond {ends}" if ends else "surprise, without survival: strong has no end token"

@@ -22,7 +22,10 @@ from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
 from .score_folder import Done, check_options, hold, read_done, write_json
 
-_SHOWN = ("value", "strong_logps", "weak_logps", "n_tokens", "domain", "finished", "truncated", "gated", "error")
+_SHOWN = (
+    *("value", "strong_logps", "weak_logps", "n_tokens", "domain", "finished", "truncated"),
+    *("surprise", "survival", "gated", "error"),
+)
 
 
 @dataclass

@@ -44,6 +44,11 @@ class Member:
         added = self.encoder.tokenizer.added_tokens_decoder
         return self.encoder.end_ids | {id for id in self.lm.end_ids if id in added and added[id].special}
 
+    @property
+    def final_ids(self) -> tuple[int, ...]:
+        """Those of `end_ids` that the model predicts."""
+        return tuple(sorted(id for id in self.end_ids if id < self.lm.num_embeddings))
+
     def describe(self, *, token_budget: int) -> dict[str, Any]:
         """How this model will run, for people; see `CausalLM.describe`."""
         own = own_chat_template(self.encoder.tokenizer)
@@ -52,6 +57,7 @@ class Member:
             **self.lm.describe(token_budget=token_budget),
             "max_length": self.max_length,
             "end_of_turn": self.encoder.end_of_turn,
+            "end_tokens": self.encoder.tokenizer.convert_ids_to_tokens(self.final_ids),
             "chat_template": template if self.encoder.chat_template else "none",
         }
 

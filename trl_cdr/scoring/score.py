@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .encoding import Row
-from .ratio import log_ratio, sum_logps, typicality
+from .gate import examine
+from .ratio import log_ratio, sum_logps
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +25,16 @@ class Score:
             there is no score.
         domain (`str` or `None`): The domain whose criteria the models were shown; without criteria, as given.
         finished (`bool` or `None`): The policy ended its turn (the end token was scored), was cut off, or nobody knows.
+        surprise (`float` or `None`): C, how much the completion surprises the strong model where it does so most, nats:
+            for n tokens of its own above 2 log(n / 0.01) once in a hundred times at most. `None` with another
+            `cdr_gate`.
+        survival (`float` or `None`): S, how far the completion goes on where the strong model would have ended it,
+            nats: for its own above 4.6 once in a hundred times at most. `None` with another `cdr_gate`, or without an
+            end token.
         typicality (`float` or `None`): How typical the completion is of the strong model, in standard deviations per
-            token: about 0 for its own samples, far below for what it does not know. `None` where the gate is off.
-        gated (`bool`): The typicality is below `-cdr_typicality`, so the value is not to be trusted as a reward. It is
-            the plain log-ratio all the same.
+            token: about 0 for its own samples, far below for what it does not know. `None` with another `cdr_gate`.
+        gated (`bool`): The strong model would hardly have written the completion, so the value is not to be trusted as
+            a reward. It is the plain log-ratio all the same.
         truncated (`bool`): The prompt lost tokens on its left, for at least one of the models.
         per_token (`Tensor` of shape (T,) or `None`): Log-ratio of each completion token, nats, float32 on the CPU;
             where both models read the same tokens.
@@ -40,6 +47,8 @@ class Score:
     n_tokens: int = 0
     domain: str | None = None
     finished: bool | None = None
+    surprise: float | None = None
+    survival: float | None = None
     typicality: float | None = None
     gated: bool = False
     truncated: bool = False
@@ -53,7 +62,9 @@ def score_from_logps(
     weak_logps: Tensor,
     *,
     reduction: str,
+    gate: str,
     least_typicality: float,
+    finished: bool | None,
     shares_vocabulary: bool,
 ) -> Score:
     """
@@ -61,10 +72,13 @@ def score_from_logps(
 
     Args:
         rows (`tuple[Row, Row]`): The completion as strong and weak read it.
-        strong (`Tensor` of shape (T,) or (T, 3)): Log-probabilities, or `token_statistics`, of the strong model, nats.
+        strong (`Tensor` of shape (T,) or (T, ...)): Log-probabilities under the strong model, or the statistics that
+            the gate needs, of which they are the first, nats.
         weak_logps (`Tensor` of shape (T_weak,)): Log-probabilities under the weak model, nats.
         reduction (`str`): See `log_ratio`.
-        least_typicality (`float`): Below it the score is gated.
+        gate (`str`): `cdr_gate`.
+        least_typicality (`float`): Below it the score is gated by `"typicality"`.
+        finished (`bool` or `None`): The completion's last token ended it.
         shares_vocabulary (`bool`): A token id means the same to both models.
     """
     strong_logps = strong if strong.ndim == 1 else strong[:, 0]
@@ -79,14 +93,12 @@ def score_from_logps(
             )
     strong_row, weak_row = rows
     reads_alike = shares_vocabulary and strong_row.completion_ids == weak_row.completion_ids
-    how_typical = None if strong.ndim == 1 else typicality(strong)
     return Score(
         value=log_ratio(strong_logps, weak_logps, reduction),
         strong_logps=sum_logps(strong_logps),
         weak_logps=sum_logps(weak_logps),
         n_tokens=len(strong_logps),
-        typicality=how_typical,
-        gated=how_typical is not None and how_typical < least_typicality,
         truncated=strong_row.truncated or weak_row.truncated,
         per_token=strong_logps - weak_logps if reads_alike else None,
+        **examine(strong, gate=gate, least_typicality=least_typicality, finished=finished),
     )

@@ -3,7 +3,7 @@
 Adapters (`training.reward`, the command line) turn scores into what their callers want; none of them touches a model.
 """
 
-import math
+import logging
 import operator
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,10 +20,13 @@ from ..config import PAIR_OPTIONS, CDRConfig
 from ..errors import ConfigError, InputError
 from .completions import CompletionReader
 from .encoding import Completion, Message, Prompt, Row, Unscorable, shorten
-from .logps import token_logps, token_statistics
+from .gate import gate_statistics
+from .logps import token_logps
 from .packing import Layout, group_rows
 from .pair import Pair, PairSource, check_sources, load_tokenizer
 from .score import Score, score_from_logps
+
+logger = logging.getLogger(__name__)
 
 
 class DensityRatioScorer:
@@ -90,6 +93,7 @@ class DensityRatioScorer:
             self.router = Router(self.criteria, domain=self.config.cdr_domain, router=router)
         self._source: PairSource = PairSource(self.config, models, tokenizers) if share is None else share._source
         self._policy: Any = None
+        self._has_warned = False
         # Of the loaded pair, which it does not keep alive: others who share it may unload it.
         self._reader: tuple[weakref.ref[Pair], CompletionReader] | None = None
 
@@ -160,6 +164,7 @@ class DensityRatioScorer:
         logps = dict(zip(firsts, zip(strong, weak, strict=True), strict=True))
         scores = []
         for row, completion, domain in zip(rows, read, found, strict=True):
+            ended = None if isinstance(completion, Unscorable) else completion.finished
             if isinstance(row, Unscorable):
                 score = Score(None, error=str(row))
             else:
@@ -167,10 +172,11 @@ class DensityRatioScorer:
                     row,
                     *logps[row],
                     reduction=self.config.cdr_reduction,
-                    least_typicality=-self.config.cdr_typicality,
+                    gate=self.config.cdr_gate,
+                    least_typicality=-self.config.typicality_bound,
+                    finished=ended,
                     shares_vocabulary=pair.shares_vocabulary,
                 )
-            ended = None if isinstance(completion, Unscorable) else completion.finished
             scores.append(replace(score, domain=_name(domain), finished=ended))
         return scores
 
@@ -217,7 +223,7 @@ class DensityRatioScorer:
         groups = None
         results = []
         # Only the strong model's whole distributions are needed, and only by the gate.
-        reduces = (token_logps if self.config.cdr_typicality == math.inf else token_statistics, token_logps)
+        reduces = (gate_statistics(self.config.cdr_gate, pair.strong.final_ids), token_logps)
         for index, (member, reduce) in enumerate(zip((pair.strong, pair.weak), reduces, strict=True)):
             if groups is None or not pair.reads_alike:
                 constants = [
@@ -290,6 +296,13 @@ class DensityRatioScorer:
         pair = self._source.get()
         if self._reader is None or self._reader[0]() is not pair:
             self._reader = weakref.ref(pair), CompletionReader(pair, self._policy)
+        if self.config.cdr_gate == "surprise" and not pair.strong.final_ids and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "strong (%s) has no end token: that a completion goes on where it would have ended is not seen by "
+                "gate='surprise'. Set eos_token of its tokenizer.",
+                pair.strong.lm.name,
+            )
         return pair, self._reader[1]
 
     def describe(self) -> dict[str, Any]:
@@ -299,9 +312,10 @@ class DensityRatioScorer:
         Returns:
             `dict`: `strong` and `weak` (each `name`, `weights`, `architecture`, `parameters`, `weights_mb`, `dtype`,
             `device`, `prefix_mb`, `work_mb`, `attention`, `way`, `reason`, `max_length` in tokens, `end_of_turn`,
-            `chat_template`), `shares_vocabulary` and `reads_alike`. `weights` is the commit on the Hub or a hash of the
-            folder, `None` for models that were passed as objects. MB are 2**20 bytes; `prefix_mb` is the most that
-            `cdr_prefix_cache_tokens` allows, `work_mb` an estimate for a forward of `cdr_token_budget`.
+            `end_tokens`, `chat_template`), `shares_vocabulary`, `reads_alike` and `gate`. `weights` is the commit on
+            the Hub or a hash of the folder, `None` for models that were passed as objects. MB are 2**20 bytes;
+            `prefix_mb` is the most that `cdr_prefix_cache_tokens` allows, `work_mb` an estimate for a forward of
+            `cdr_token_budget`.
 
         Raises:
             ConfigError, ModelError: as `load`.
@@ -313,6 +327,7 @@ class DensityRatioScorer:
                 "weak": pair.weak.describe(token_budget=self.config.cdr_token_budget),
                 "shares_vocabulary": pair.shares_vocabulary,
                 "reads_alike": pair.reads_alike,
+                "gate": self.config.cdr_gate,
             }
 
     def unload(self) -> None:

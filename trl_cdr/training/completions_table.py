@@ -24,6 +24,8 @@ def table_rows(call: Call) -> list[dict[str, Any]]:
             "strong_logps": score.strong_logps,
             "weak_logps": score.weak_logps,
             "tokens": score.n_tokens,
+            "surprise": score.surprise,
+            "survival": score.survival,
             "typicality": score.typicality,
             "gated": score.gated,
             "domain": score.domain,

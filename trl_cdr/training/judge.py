@@ -35,7 +35,7 @@ class CDRJudge:
     token ids, so that it takes every completion for finished, and scores an end token also where the policy was cut
     off.
 
-    What is compared are rewards: log-ratios behind the typicality gate, as of [`CDRReward`].
+    What is compared are rewards: log-ratios behind the gate, as of [`CDRReward`].
 
     Args:
         reward (`CDRReward`, *optional*): The reward to judge by; its models are shared.
@@ -188,7 +188,8 @@ class CDRJudge:
                 len(groups),
                 reason,
             )
-        rewards = dict(zip(places, rewards_from_scores(found, on_unscorable="none"), strict=True))
+        values = rewards_from_scores(found, on_unscorable="none", reduction=self.reward.config.cdr_reduction)
+        rewards = dict(zip(places, values, strict=True))
         return [[rewards[row, index] for index in range(len(group))] for row, (_, group) in enumerate(read)]
 
 

@@ -46,9 +46,9 @@ def call_metrics(call: Call) -> dict[str, float]:
 
     Returns:
         `dict`: `strong_logps`, `weak_logps` (means, nats a completion), `strong_logps_per_token`, `log_ratio_std`
-        (nats), `tokens` (mean), `typicality` (mean), the shares `truncated`, `unscorable`, `gated`, `ties` (of the
-        completions of one prompt, pairs with equal rewards) and `distinct_tokens` (of each completion's tokens), the
-        `length_correlation` of reward and tokens, and `seconds`.
+        (nats), `tokens` (mean), of the gate `surprise` and `survival` (means, nats) or `typicality` (mean), the shares
+        `truncated`, `unscorable`, `gated`, `ties` (of the completions of one prompt, pairs with equal rewards) and
+        `distinct_tokens` (of each completion's tokens), the `length_correlation` of reward and tokens, and `seconds`.
     """
     return means(call_sums(call))
 
@@ -70,6 +70,8 @@ def call_sums(call: Call) -> Sums:
         "strong_logps_per_token": _sum([(score.strong_logps or 0.0) / score.n_tokens for score in scored]),
         "log_ratio_std": (spread * len(scored), len(scored)),
         "tokens": _sum(lengths),
+        "surprise": _sum([score.surprise for score in scored if score.surprise is not None]),
+        "survival": _sum([score.survival for score in scored if score.survival is not None]),
         "typicality": _sum([value for value in typicalities if math.isfinite(value)]),
         "truncated": _sum([score.truncated for score in call.scores]),
         "unscorable": _sum([score.error is not None for score in call.scores]),

@@ -134,8 +134,8 @@ def labelling_section(records: Sequence[dict[str, Any]], *, trainer: str, loss: 
             if models[role]["weights"]:
                 kind, digest = models[role]["weights"].split(" ")
                 rows[role][-1] += f", {kind} `{digest[:12]}`"
-        gate = float(config["cdr_typicality"])
-        rows["gate"].append("none: the plain ratio" if gate == float("inf") else f"typicality {gate}")
+        gate = "none: the plain ratio" if config["cdr_gate"] == "none" else config["cdr_gate"]
+        rows["gate"].append(f"{gate} {config['cdr_typicality']}" if config["cdr_typicality"] else gate)
         criteria = "none"
         if record["criteria_sha256"] is not None:
             rule = config["cdr_router"] or config["cdr_domain"]

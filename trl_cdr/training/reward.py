@@ -19,6 +19,7 @@ from ..scoring.encoding import Message, Prompt
 from ..scoring.ratio import gate
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
+from ..scoring.surprise import surprise_reward
 from .checks import check_domains, check_name, trainer_datasets
 from .metrics import Call, call_metrics
 from .provenance import ProvenanceCallback
@@ -30,8 +31,8 @@ class CDRReward:
     """
     A reward function for TRL's trainers: the log-density ratio of a strong over a weak model, in nats.
 
-    Completions that the strong model does not find typical are gated (`typicality=1.5`; `float("inf")` is the paper's
-    plain ratio): a policy that writes what neither model knows finds no reward there.
+    What the strong model would hardly have written itself is gated (`gate="typicality"` or `"surprise"`; `"none"` is
+    the paper's plain ratio): a policy that writes what neither model knows finds no reward there.
 
     Pass it as `reward_funcs=` to `OnlineDPOTrainer`, `GRPOTrainer` or `RLOOTrainer`. The pair is loaded inside the
     first call, on the trainer process's own device, and stays there.
@@ -160,7 +161,9 @@ class CDRReward:
         domains = None if self.scorer.router is None else self.scorer.router.read_column(columns)
         scores = self.scorer.score(prompts, completions, completion_ids=completion_ids, domains=domains)
         self._warn(scores)
-        rewards = rewards_from_scores(scores, on_unscorable=self._on_unscorable(trainer))
+        rewards = rewards_from_scores(
+            scores, on_unscorable=self._on_unscorable(trainer), reduction=self.config.cdr_reduction
+        )
         if scores and (log_metric is not None or log_extra is not None or self._observers):
             tokens = completion_ids if completion_ids is not None else [str(said).split() for said in completions]
             call = Call(prompts, completions, list(tokens), scores, rewards, time.perf_counter() - started)
@@ -233,20 +236,22 @@ class CDRReward:
         return {**self.__dict__, "_observers": [], "_met": None}
 
 
-def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str) -> list[float | None]:
+def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str, reduction: str = "sum") -> list[float | None]:
     """
-    Turn scores into rewards: the log-ratio, gated where the strong model does not find the completion typical.
+    Turn scores into rewards: the log-ratio behind the gate that they were made with, see `ratio.gate` and
+    `surprise.surprise_reward`.
 
     Args:
         scores (`Sequence[Score]`): One call's.
         on_unscorable (`str`): For a row without a value. `"floor"`: the worst finite reward of the call minus 1 nat, or
             -1 where there is none, for trainers that read a missing reward as 0, which would win against honest
             negative log-ratios. The row is then the one to be rejected. `"none"`: `None`. `"raise"`: stop.
+        reduction (`str`, *optional*, defaults to `"sum"`): Of the scores.
 
     Raises:
         UnscorableError: a row has no value and `on_unscorable="raise"`.
     """
-    values = [None if score.value is None else gate(score.value, score.gated) for score in scores]
+    values = [_behind_gate(score, reduction) for score in scores]
     assert all(value is None or math.isfinite(value) for value in values)
     if on_unscorable == "raise":
         for index, score in enumerate(scores):
@@ -258,3 +263,18 @@ def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str) -> list[
         return values
     floor = min((value for value in values if value is not None), default=0.0) - 1.0
     return [floor if value is None else value for value in values]
+
+
+def _behind_gate(score: Score, reduction: str) -> float | None:
+    if score.value is None:
+        return None
+    if score.surprise is None:
+        return gate(score.value, score.gated)
+    return surprise_reward(
+        score.value,
+        surprise=score.surprise,
+        survived=score.survival,
+        n_tokens=score.n_tokens,
+        is_cut_off=score.finished is False,
+        reduction=reduction,
+    )
