@@ -161,8 +161,8 @@ def _bench(argv: list[str]) -> None:
     parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
     parser.add_argument(
         "--model",
-        help=f"architecture of a pair of random weights: {', '.join(MODELS)}; default: llama-58m. With --workload real an "
-        "instruct model, name or path, in place of SmolLM2-135M",
+        help=f"architecture of a pair of random weights: {', '.join(MODELS)}; default: llama-58m. With --workload real "
+        "an instruct model, name or path, in place of SmolLM2-135M",
     )
     parser.add_argument("--output_dir", default="./trl-cdr-bench", help="with --workload real: folder for its results")
     parser.add_argument("--cdr_strong", help="measure this model (name or path) in place of random weights")
