@@ -27,14 +27,21 @@ def scorer(strong, weak, tokenizer):
 def test_pairs_are_of_right_and_wrong_and_of_nearly_one_length():
     long, short = "Bees, and this goes on for a while, fly.", "Bees, here."
     group = written(long, "Bees here.", short, "Bees are what this goes on for.", "Bees and nothing more.")
-    near = real_models.choose_pairs([BEES], [group], per_prompt=2)
+    near = real_models.choose_pairs([BEES], [group], per_prompt=2, nearest=True)
     assert [(pair.right.text, pair.wrong.text) for pair in near] == [
         ("Bees here.", short),
         ("Bees are what this goes on for.", long),
     ]
-    drawn = real_models.choose_pairs([BEES], [group], per_prompt=1, nearest=False)
+    drawn = real_models.choose_pairs([BEES], [group], per_prompt=1)
     assert [(pair.right.text, pair.wrong.text) for pair in drawn] == [("Bees here.", long)]
     assert real_models.choose_pairs([BEES], [written("Bees.", "Bees!")], per_prompt=2) == []
+
+
+def test_pairs_may_differ_in_the_condition_alone():
+    group = written("Birds fly.", "Bees here.", "Bees, here.")
+    assert real_models.choose_pairs([BEES], [group], per_prompt=1)[0].wrong.text == "Birds fly."
+    [pair] = real_models.choose_pairs([BEES], [group], per_prompt=2, only_condition=True)
+    assert (pair.right.text, pair.wrong.text) == ("Bees here.", "Bees, here.")
 
 
 def test_labels_are_counted_as_by_hand(scorer):
@@ -55,6 +62,7 @@ def test_labels_are_counted_as_by_hand(scorer):
     assert found["drawn"]["shorter"][0] == sum(shorter) / 2
     assert found["matched"]["pairs"] == 1  # the first is of 2 and of 8 words
     assert {*found["matched"]} == {"pairs", *JUDGES}
+    assert found["condition"]["ratio"][0] == sum(wins) / 2  # all four are well-formed
 
 
 def test_intervals_are_by_group():

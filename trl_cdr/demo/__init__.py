@@ -12,8 +12,8 @@ check of the machinery and of the idea, not a claim about large models.
     customize  the demo of criteria, on the steerable pair.               trl
     gaming     policies that may game the ratio.                          trl
 
-The real world asks SmolLM2-135M-Instruct for sentences, under conditions that a program can check. Its pair is the model
-over itself, the one tuned by DPO on what it wrote: what is believed of the tiny world has to hold here too.
+The real world asks SmolLM2-135M-Instruct for sentences, under conditions that a program can check. Its pair is the
+model, tuned by DPO on what it wrote itself, over the model: what is believed of the tiny world has to hold here too.
 
     real_world     requests, checks, the gold rules.                      pure Python
     smollm         the packaged model as a folder.                        transformers

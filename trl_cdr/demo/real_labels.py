@@ -17,6 +17,12 @@ from .real_models import Pair, choose_pairs
 _RESAMPLES = 2000
 _MATCHED = 0.2
 
+SETS = {
+    "drawn": "as written",
+    "matched": "lengths within 20 %",
+    "condition": "well-formed both, only one meets the condition",
+}
+"""Of pairs."""
 JUDGES = {
     "ratio": "CDR: strong over weak",
     "strong_logps": "strong's log-probability",
@@ -43,22 +49,23 @@ def measure_labels(
         per_prompt (`int`, *optional*, defaults to 3): At most so many pairs a task.
 
     Returns:
-        `dict`: `drawn` (pairs as they were written) and `matched` (pairs whose lengths in tokens differ by at most
-        20 %, in which length decides little), each with `pairs` and by judge of `JUDGES` `[share, low, high]`, see
-        `bootstrap`; and `kinds`: by kind of condition the share that gold calls right, and the ratio's share of
-        `drawn`.
+        `dict`: for each of `SETS` `pairs` and by judge of `JUDGES` `[share, low, high]`, see `bootstrap`; and `kinds`:
+        by kind of condition the share that gold calls right, and the ratio's share of the pairs as drawn.
     """
-    drawn = choose_pairs(tasks, groups, per_prompt=per_prompt, nearest=False)
-    near = choose_pairs(tasks, groups, per_prompt=per_prompt)
-    scores = score_samples(scorer, [*drawn, *near])
-    values, near_scores = _judge(scores[: 2 * len(drawn)]), scores[2 * len(drawn) :]
-    near_values, near_tokens = _judge(near_scores), [score.n_tokens for score in near_scores]
-    kept = [abs(a - b) <= _MATCHED * max(a, b) for a, b in zip(near_tokens[::2], near_tokens[1::2], strict=True)]
-    matched = [pair for pair, keep in zip(near, kept, strict=True) if keep]
-    matched_values = {
-        name: [one for place, one in enumerate(column) if kept[place // 2]] for name, column in near_values.items()
+    chosen = {
+        "drawn": choose_pairs(tasks, groups, per_prompt=per_prompt),
+        "matched": choose_pairs(tasks, groups, per_prompt=per_prompt, nearest=True),
+        "condition": choose_pairs(tasks, groups, per_prompt=per_prompt, only_condition=True),
     }
-    ratio = _wins(values["ratio"])
+    scores = iter(score_samples(scorer, [pair for pairs in chosen.values() for pair in pairs]))
+    found: dict[str, Any] = {}
+    for name, pairs in chosen.items():
+        rows = [(pair, next(scores), next(scores)) for pair in pairs]
+        if name == "matched":
+            rows = [row for row in rows if _one_length(*row[1:])]
+        found[name] = _shares([pair for pair, _, _ in rows], _judge([score for row in rows for score in row[1:]]))
+        if name == "drawn":
+            won = _wins([score.value or 0.0 for row in rows for score in row[1:]])
     kinds = {}
     for kind in dict.fromkeys(task.kind.name for task in tasks):
         golds = [
@@ -67,13 +74,9 @@ def measure_labels(
             if task.kind.name == kind
             for one in group
         ]
-        won = [win for win, pair in zip(ratio, drawn, strict=True) if pair.task.kind.name == kind]
-        kinds[kind] = {"gold": sum(golds) / len(golds), "pairs": len(won), "ratio": sum(won) / max(1, len(won))}
-    return {
-        "drawn": _shares(drawn, values),
-        "matched": _shares(matched, matched_values),
-        "kinds": kinds,
-    }
+        wins = [win for win, pair in zip(won, chosen["drawn"], strict=True) if pair.task.kind.name == kind]
+        kinds[kind] = {"gold": sum(golds) / len(golds), "pairs": len(wins), "ratio": sum(wins) / max(1, len(wins))}
+    return {**found, "kinds": kinds}
 
 
 def measure_criteria(
@@ -102,7 +105,7 @@ def measure_criteria(
     asked: list[str] = []
     for kind in kinds:
         tasks = [real_world.Task(topic, kind, kind.values[0]) for topic in topics]
-        pairs = choose_pairs(tasks, groups, per_prompt=per_prompt, nearest=False)
+        pairs = choose_pairs(tasks, groups, per_prompt=per_prompt)
         if not pairs:
             continue
         other = names[(names.index(kind.name) + 1) % len(names)]
@@ -175,11 +178,17 @@ def _judge(scores: Sequence[Score]) -> dict[str, list[Any]]:
     return {name: [judge(score) for score in scores] for name, judge in judged.items()}
 
 
+def _one_length(one: Score, other: Score) -> bool:
+    return abs(one.n_tokens - other.n_tokens) <= _MATCHED * max(one.n_tokens, other.n_tokens)
+
+
 def _wins(values: Sequence[float]) -> list[float]:
     """1 where the right one's value is higher, 0 where the wrong one's is; a tie counts half."""
     return [(right > wrong) + (right == wrong) / 2 for right, wrong in zip(values[::2], values[1::2], strict=True)]
 
 
 def _shares(pairs: Sequence[Pair], values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    if not pairs:
+        return {"pairs": 0}
     requests = [pair.task.request for pair in pairs]
     return {"pairs": len(pairs)} | {name: bootstrap(_wins(column), requests) for name, column in values.items()}

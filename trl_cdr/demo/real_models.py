@@ -137,7 +137,8 @@ def choose_pairs(
     groups: Sequence[Sequence[Sample]],
     *,
     per_prompt: int,
-    nearest: bool = True,
+    nearest: bool = False,
+    only_condition: bool = False,
 ) -> list[Pair]:
     """
     Pairs of a completion that gold calls right and one that it calls wrong, none in two pairs.
@@ -145,15 +146,16 @@ def choose_pairs(
     Args:
         tasks, groups: Each task and what was written to it.
         per_prompt (`int`): At most so many pairs a task.
-        nearest (`bool`, *optional*, defaults to `True`): To each right one the wrong one that is nearest in length: a
-            model that is tuned on such pairs learns what was asked for, not to be brief. Else in the order in which
-            they were written.
+        nearest (`bool`, *optional*, defaults to `False`): To each right one the wrong one that is nearest in length,
+            not the next that was written.
+        only_condition (`bool`, *optional*, defaults to `False`): Of well-formed completions only, so that the two of a
+            pair differ in whether they meet the condition.
     """
     pairs = []
     for task, group in zip(tasks, groups, strict=True):
-        golds = [real_world.gold(task, one.text, one.finished) for one in group]
-        right = [one for one, gold in zip(group, golds, strict=True) if gold]
-        wrong = [one for one, gold in zip(group, golds, strict=True) if not gold]
+        fit = [one for one in group if not only_condition or real_world.is_well_formed(task, one.text, one.finished)]
+        right = [one for one in fit if real_world.gold(task, one.text, one.finished)]
+        wrong = [one for one in fit if not real_world.gold(task, one.text, one.finished)]
         for one in right[:per_prompt]:
             if not wrong:
                 break
@@ -192,7 +194,11 @@ def _tune(model: str, folder: Path) -> None:
     groups = sample(
         weak, tokenizer, [task.prompt for task in tasks], per_prompt=_PER_PROMPT, seed=0, label="weak writes"
     )
-    pairs = choose_pairs(tasks, groups, per_prompt=_PAIRS_PER_PROMPT)
+    pairs = choose_pairs(tasks, groups, per_prompt=_PAIRS_PER_PROMPT, nearest=True, only_condition=True)
+    if not pairs:
+        raise ConfigError(
+            f"{model!r} wrote no pair of a right and a wrong completion: there is nothing to tune strong on."
+        )
     steps = len(pairs) // _TUNING["per_device_train_batch_size"]
     with quiet_trl(), tempfile.TemporaryDirectory() as scratch, progress() as bars:
         bar = bars.add_task("tuning strong", total=steps)

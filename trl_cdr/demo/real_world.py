@@ -170,8 +170,12 @@ def gold(task: Task, text: str, finished: bool) -> float:
         text (`str`): The completion, without special tokens.
         finished (`bool`): Whether it ended by itself.
     """
-    names = task.topic.removesuffix("s") in text.lower()
-    return float(finished and names and not repeats(text) and task.kind.check(text, task.value))
+    return float(is_well_formed(task, text, finished) and task.kind.check(text, task.value))
+
+
+def is_well_formed(task: Task, text: str, finished: bool) -> bool:
+    """What gold asks for beside the condition: the text ended by itself, names its topic, does not repeat itself."""
+    return finished and task.topic.removesuffix("s") in text.lower() and not repeats(text)
 
 
 def repeats(text: str) -> bool:
