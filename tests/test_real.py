@@ -71,7 +71,7 @@ def test_a_policy_is_trained_and_judged(smollm_folder, monkeypatch, loop):
     few(monkeypatch, 2)
     size = {"online_dpo": 2, "online_preference": 4}[loop]
     found = real_training.train_policy(
-        smollm_folder, None, loop=loop, seed=0, name=loop, steps=2, per_device_train_batch_size=size
+        smollm_folder, None, loop=loop, seed=0, name=loop, max_steps=2, per_device_train_batch_size=size
     )
     assert len(found["curve"]["gold"]) == 2
     assert found["curve"]["gold"] == found["curve"]["reward"]

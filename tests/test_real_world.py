@@ -16,7 +16,7 @@ def test_topics_and_kinds_are_split():
     assert len(SEEN) == len(UNSEEN) == 6
     assert not {kind.name for kind in SEEN} & {kind.name for kind in UNSEEN}
     assert not {task.topic for task in TRAIN} & {task.topic for task in (*HELD_OUT, *HELD_OUT_UNSEEN)}
-    assert (len(TRAIN), len(HELD_OUT), len(HELD_OUT_UNSEEN)) == (72 * 6, 24 * 6, 24 * 6)
+    assert (len(TRAIN), len(HELD_OUT), len(HELD_OUT_UNSEEN)) == (72 * (6 + 5), 24 * 6, 24 * 6)
     requests = [task.request for task in (*TRAIN, *HELD_OUT, *HELD_OUT_UNSEEN)]
     assert len(set(requests)) == len(requests)
 

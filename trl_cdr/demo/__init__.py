@@ -1,6 +1,6 @@
 """Two worlds with a hidden gold reward: a tiny one, from scratch in seconds, and a real language model.
 
-The tiny world is a closed language of about 1,000 prompts in three domains, small enough to train a Llama of some 116,000
+The tiny world is a closed language of about 1,000 prompts in three domains, small enough to train a Llama of 116,000
 parameters on a CPU and to judge every completion by rule. It lets `trl-cdr demo`, the examples and the tests run the
 real pipeline (TRL's trainer, `CDRReward`, the scorer) with no download. It is not a benchmark: what holds here is a
 check of the machinery and of the idea, not a claim about large models.

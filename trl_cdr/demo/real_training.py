@@ -18,13 +18,17 @@ from .models import progress
 from .real_models import end_ids, load_policy, make_lora, sample
 from .story import TINY_RUN, Reward, quiet_trl
 
-STEPS = 30
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "online_dpo": {"per_device_train_batch_size": 16, "learning_rate": 2e-4, "beta": 0.1},
-    "online_preference": {"per_device_train_batch_size": 32, "num_generations": 4, "learning_rate": 2e-4},
+    "online_dpo": {"max_steps": 30, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "beta": 0.1},
+    "online_preference": {
+        "max_steps": 20,
+        "per_device_train_batch_size": 32,
+        "num_generations": 4,
+        "learning_rate": 1e-3,
+    },
 }
 LOOPS = tuple(_OPTIONS)
-"""TRL's online DPO on 16 prompts x 2 completions, and ours (SimPO) on 8 x 4."""
+"""TRL's online DPO on 8 prompts x 2 completions a step, and ours (SimPO) on 8 x 4."""
 
 
 class Watched:
@@ -68,7 +72,7 @@ class Watched:
 
 
 def train_policy(
-    model: str | Path, reward: Reward | None, *, loop: str, seed: int, name: str, steps: int = STEPS, **options: Any
+    model: str | Path, reward: Reward | None, *, loop: str, seed: int, name: str, **options: Any
 ) -> dict[str, Any]:
     """
     Train a LoRA adapter of the model on a reward.
@@ -79,7 +83,6 @@ def train_policy(
         loop (`str`): One of `LOOPS`.
         seed (`int`): The trainer's.
         name (`str`): What the progress bar says.
-        steps (`int`): The trainer's.
         **options: Others of the trainer's arguments, in place of the workload's.
 
     Returns:
@@ -95,7 +98,8 @@ def train_policy(
             "online_preference": (OnlinePreferenceTrainer, OnlinePreferenceConfig),
         }[loop]
         length = "max_new_tokens" if loop == "online_dpo" else "max_completion_length"
-        bar = bars.add_task(name, total=steps)
+        options = {**_OPTIONS[loop], **options}
+        bar = bars.add_task(name, total=options["max_steps"])
         policy = load_policy(model)
         watched = Watched(reward, end_ids=end_ids(policy), advance=lambda: bars.advance(bar))
         run = trainer(
@@ -104,11 +108,10 @@ def train_policy(
             args=config(
                 output_dir=scratch,
                 seed=seed,
-                max_steps=steps,
                 temperature=1.0,
                 **TINY_RUN,
                 **{length: real_world.MAX_NEW_TOKENS},
-                **{**_OPTIONS[loop], **options},
+                **options,
             ),
             train_dataset=Dataset.from_list([{"prompt": task.prompt} for task in real_world.TRAIN]),
             processing_class=tokenizer,

