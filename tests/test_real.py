@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from tiny import chat
 
-from trl_cdr import ConfigError
+from trl_cdr import ConfigError, DensityRatioScorer
 from trl_cdr.demo import real, real_models, real_training, real_world
 from trl_cdr.demo.real import Parts
 
@@ -40,6 +41,47 @@ def test_without_peft_the_command_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ConfigError, match="peft is not installed. Run: pip install peft"):
         real_models.make_lora()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"data is '.*pairs.jsonl', which can't be read: No such file"),
+        ('{"prompt": "a", "chosen": "b"}\n', r"data is '.*pairs.jsonl', which has no column rejected"),
+    ],
+)
+def test_pairs_of_a_file_that_is_none(checkpoints, tmp_path, monkeypatch, content, message):
+    monkeypatch.setenv("TRL_CDR_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "pairs.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        real_models.build_strong(checkpoints["weak"], tasks=2, data=str(path))
+    assert not [*tmp_path.glob("cache/*")]
+
+
+def test_a_model_that_writes_no_pair(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_CDR_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match="holds no pair of a right and a wrong completion"):
+        real_models.build_strong(checkpoints["weak"], tasks=1)
+
+
+@pytest.mark.slow
+def test_pairs_of_a_file_make_a_strong_model(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_CDR_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": chat("hello"), "chosen": said("the fox"), "rejected": said("a dog")}] * 12
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = real_models.build_strong(checkpoints["weak"], tasks=2, data=str(path))
+    assert json.loads((folder / "tuning.json").read_text())["pairs"] == 12
+    scorer = DensityRatioScorer(str(folder), checkpoints["weak"], gate="none")
+    better, worse = scorer.score([chat("hello")] * 2, ["the fox", "a dog"])
+    assert better.value > worse.value + 0.5
+    assert real_models.build_strong(checkpoints["weak"], tasks=2, data=str(path)) == folder
+
+
+def said(text):
+    return [{"role": "assistant", "content": text}]
 
 
 def few(monkeypatch, count):

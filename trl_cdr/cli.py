@@ -44,6 +44,7 @@ _OFTEN = {
     "dataset_test_split": "Which split eval_strategy evaluates.",
     "dataset_streaming": "",
 }
+_DATA_HELP = "with --real: JSONL of prompt, chosen, rejected to tune the strong model on, in place of pairs of its own"
 _TRAIN_EXAMPLES = (
     "trl-cdr train --config run.yaml --max_steps 200",
     "accelerate launch -m trl_cdr train --config run.yaml        # one process for each GPU",
@@ -87,18 +88,17 @@ def _demo(argv: list[str]) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--customize", action="store_true", help="show what criteria and exemplars do, in its place")
     which.add_argument("--real", action="store_true", help="show a real model's labels, in its place")
-    parser.add_argument(
-        "--model", help="with --real: an instruct model (name or path) in place of SmolLM2-135M-Instruct"
-    )
+    parser.add_argument("--model", help="with --real: an instruct model, name or path, in place of SmolLM2-135M")
+    parser.add_argument("--data", help=_DATA_HELP)
     args = parser.parse_args(argv)
-    if args.model is not None and not args.real:
-        parser.error("--model goes with --real")
+    if not args.real and (args.model or args.data):
+        parser.error("--model and --data go with --real")
     _check_output(args.output_dir)
 
     if args.real:
         from .demo.real import run_demo as run_real_demo
 
-        run_real_demo(args.output_dir, model=args.model, cache=not args.no_cache)
+        run_real_demo(args.output_dir, model=args.model, data=args.data, cache=not args.no_cache)
         return
 
     if args.customize:
@@ -164,6 +164,7 @@ def _bench(argv: list[str]) -> None:
         help=f"architecture of a pair of random weights: {', '.join(MODELS)}; default: llama-58m. With --workload real "
         "an instruct model, name or path, in place of SmolLM2-135M",
     )
+    parser.add_argument("--data", help=_DATA_HELP.replace("--real", "--workload real"))
     parser.add_argument("--output_dir", default="./trl-cdr-bench", help="with --workload real: folder for its results")
     parser.add_argument("--cdr_strong", help="measure this model (name or path) in place of random weights")
     parser.add_argument("--cdr_weak", help="the weak model beside it")
@@ -183,7 +184,7 @@ def _bench(argv: list[str]) -> None:
         from .demo.real import run_real
 
         _check_output(args.output_dir)
-        run_real(args.output_dir, model=args.model)
+        run_real(args.output_dir, model=args.model, data=args.data)
         return
 
     args.model = args.model or "llama-58m"

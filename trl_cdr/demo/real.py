@@ -31,7 +31,8 @@ SEEDS = (0, 1)
 GATES = ("none", "typicality", "surprise")
 REWARDS = ("surprise", "gold", "random", "none")
 """The pair's reward behind a gate, gold itself (the upper bound), and a control."""
-_SAMPLES, _DEMO_SAMPLES = 8, 4  # a task
+_DEMO = {"tasks": 240, "samples": 3}  # tasks that strong is tuned on, completions to a held-out task
+_WHOLE = {"tasks": len(real_world.TRAIN), "samples": 8}
 _TASKS = {"seen": real_world.HELD_OUT, "unseen": real_world.HELD_OUT_UNSEEN}
 
 
@@ -79,7 +80,9 @@ class Parts:
 class Lab:
     """A model, the pair made of it, and what is measured on them. Every part's result is kept, see `Parts`."""
 
-    def __init__(self, output_dir: str | Path, *, model: str | None, samples: int, cache: bool) -> None:
+    def __init__(
+        self, output_dir: str | Path, *, model: str | None, data: str | None, tasks: int, samples: int, cache: bool
+    ) -> None:
         self.weak = str(build_smollm(cache=cache)) if model is None else model
         self._samples = samples
         self.parts = Parts(
@@ -87,12 +90,14 @@ class Lab:
             {
                 "model": model or "SmolLM2-135M-Instruct",
                 "weights": identify_weights(self.weak, "model"),
+                "data": data,
                 "recipe": real_models.RECIPE_VERSION,
+                "tasks": tasks,
                 "samples": samples,
                 "versions": versions(),
             },
         )
-        self.strong = str(real_models.build_strong(self.weak, cache=cache))
+        self.strong = str(real_models.build_strong(self.weak, tasks=tasks, data=data, cache=cache))
         self.tuning = json.loads((Path(self.strong) / "tuning.json").read_text(encoding="utf-8"))
 
     def labels(self) -> dict[str, Any]:
@@ -197,7 +202,9 @@ class Lab:
         return [[Sample(text, finished) for text, finished in group] for group in groups]
 
 
-def run_demo(output_dir: str | Path, *, model: str | None = None, cache: bool = True) -> dict[str, Any]:
+def run_demo(
+    output_dir: str | Path, *, model: str | None = None, data: str | None = None, cache: bool = True
+) -> dict[str, Any]:
     """
     Build the real pair, measure its labels, print them, and write `summary.json` and `labels.png`.
 
@@ -205,6 +212,7 @@ def run_demo(output_dir: str | Path, *, model: str | None = None, cache: bool = 
         output_dir (`str` or `Path`): Folder for the results; made if missing. Parts that are in it are not run again.
         model (`str`, *optional*): The weak model: an instruct model's name on the Hub or path. By default the packaged
             SmolLM2-135M-Instruct.
+        data (`str`, *optional*): Preference pairs to tune the strong model on, see `real_models.build_strong`.
         cache (`bool`, *optional*, defaults to `True`): Take the models of an earlier run.
 
     Returns:
@@ -216,19 +224,21 @@ def run_demo(output_dir: str | Path, *, model: str | None = None, cache: bool = 
         ConfigError: peft is not installed, the cache can't be written, or the folder holds results of other settings.
     """
     with quiet():
-        lab = Lab(output_dir, model=model, samples=_DEMO_SAMPLES, cache=cache)
+        lab = Lab(output_dir, model=model, data=data, cache=cache, **_DEMO)
         labels = lab.labels()
     summary = {"labels": labels, "tuning": lab.tuning, "settings": lab.parts.settings}
     _finish(summary, lab.parts.folder)
     return summary
 
 
-def run_real(output_dir: str | Path, *, model: str | None = None, cache: bool = True) -> dict[str, Any]:
+def run_real(
+    output_dir: str | Path, *, model: str | None = None, data: str | None = None, cache: bool = True
+) -> dict[str, Any]:
     """
     All parts: labels, criteria, gates, online training. Takes hours; a stopped run goes on where it was.
 
     Args:
-        output_dir, model, cache: As for `run_demo`.
+        output_dir, model, data, cache: As for `run_demo`.
 
     Returns:
         `dict`: What `summary.json` holds: as for `run_demo`, and `criteria`, `gates`, `training`.
@@ -237,7 +247,7 @@ def run_real(output_dir: str | Path, *, model: str | None = None, cache: bool = 
         as `run_demo`.
     """
     with quiet():
-        lab = Lab(output_dir, model=model, samples=_SAMPLES, cache=cache)
+        lab = Lab(output_dir, model=model, data=data, cache=cache, **_WHOLE)
         summary = {
             "labels": lab.labels(),
             "criteria": lab.criteria(),

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -38,8 +39,9 @@ RECIPE_VERSION = 1
 _BATCH = 64  # sequences
 _PER_PROMPT = 4
 _PAIRS_PER_PROMPT = 2
+MAX_PAIRS = 400
 _TUNING: dict[str, Any] = {
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "beta": 0.1,
     "loss_type": ["sigmoid", "sft"],  # without the likelihood the model forgets how to write
@@ -64,10 +66,10 @@ def load_policy(model: str | Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
 
 
-def end_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens at which the model's `generate` stops."""
-    ends = model.generation_config.eos_token_id
-    return frozenset([ends] if isinstance(ends, int) else ends)
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the tokenizer's, and those at which the model's `generate` stops."""
+    stops = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id} | ({*stops} if isinstance(stops, list) else {stops} - {None}))
 
 
 def make_lora() -> Any:
@@ -104,7 +106,7 @@ def sample(
     rendered = tokenizer.apply_chat_template(list(prompts), tokenize=False, add_generation_prompt=True)
     was_training = model.training
     model.eval()
-    stops = torch.tensor(sorted(end_ids(model)), device=model.device)
+    stops = end_ids(model, tokenizer)
     at_once = max(1, _BATCH // per_prompt)
     groups: list[list[Sample]] = []
     with torch.no_grad(), seeded(seed), progress() as bars:
@@ -120,10 +122,12 @@ def sample(
                 temperature=temperature,
                 top_k=0,
                 top_p=1.0,
+                eos_token_id=stops,
+                pad_token_id=tokenizer.pad_token_id,
                 num_return_sequences=per_prompt,
                 max_new_tokens=real_world.MAX_NEW_TOKENS,
             )[:, batch["input_ids"].shape[1] :]  # (B * per_prompt, T)
-            ends = torch.isin(ids, stops).any(dim=1).tolist()
+            ends = torch.isin(ids, torch.tensor(stops, device=ids.device)).any(dim=1).tolist()
             said = tokenizer.batch_decode(ids, skip_special_tokens=True)
             rows = [Sample(text, end) for text, end in zip(said, ends, strict=True)]
             groups += [rows[place : place + per_prompt] for place in range(0, len(rows), per_prompt)]
@@ -167,45 +171,49 @@ def choose_pairs(
     return pairs
 
 
-def build_strong(model: str, *, cache: bool = True) -> Path:
+def build_strong(model: str, *, tasks: int, data: str | None = None, cache: bool = True) -> Path:
     """
-    The model, tuned by TRL's `DPOTrainer` (LoRA) on pairs that it wrote itself and `real_world`'s checks told apart, to
-    training topics and seen kinds only; or what is in the cache. A folder with merged weights in float32.
+    The model, tuned by one pass of TRL's `DPOTrainer` (LoRA) over pairs that it wrote itself and `real_world`'s checks
+    told apart; or what is in the cache. A folder with merged weights in float32, and `tuning.json`.
 
     Args:
         model (`str`): Name or path of the weak model.
+        tasks (`int`): It writes to the first so many training tasks.
+        data (`str`, *optional*): A JSONL file of `prompt`, `chosen`, `rejected`: pairs to tune on in place of its own,
+            at most `MAX_PAIRS`, drawn with a seed.
         cache (`bool`, *optional*, defaults to `True`): `False` builds again.
 
     Raises:
-        ConfigError: the cache folder can't be written.
+        ConfigError: the cache folder can't be written, the file can't be read, peft is not installed, or the model
+            wrote no pair.
         ModelError: there is no such model.
     """
-    weights = hashlib.sha256(identify_weights(model, "model").encode()).hexdigest()[:12]
-    return build_once(f"real-strong-v{RECIPE_VERSION}-{weights}", partial(_tune, model), cache=cache)
+    source = identify_weights(model, "model") + str(tasks)
+    if data is not None:
+        try:
+            source += hashlib.sha256(Path(data).read_bytes()).hexdigest()
+        except OSError as error:
+            raise ConfigError(f"data is {data!r}, which can't be read: {error.strerror}.") from error
+    name = f"real-strong-v{RECIPE_VERSION}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    return build_once(name, partial(_tune, model, tasks, data), cache=cache)
 
 
-def _tune(model: str, folder: Path) -> None:
+def _tune(model: str, tasks: int, data: str | None, folder: Path) -> None:
     from trl import DPOConfig, DPOTrainer
 
     adapter = make_lora()
     started = time.perf_counter()
     tokenizer, weak = AutoTokenizer.from_pretrained(model), load_policy(model)
-    tasks = real_world.TRAIN
-    groups = sample(
-        weak, tokenizer, [task.prompt for task in tasks], per_prompt=_PER_PROMPT, seed=0, label="weak writes"
-    )
-    pairs = choose_pairs(tasks, groups, per_prompt=_PAIRS_PER_PROMPT, nearest=True, only_condition=True)
-    if not pairs:
-        raise ConfigError(
-            f"{model!r} wrote no pair of a right and a wrong completion: there is nothing to tune strong on."
-        )
-    steps = len(pairs) // _TUNING["per_device_train_batch_size"]
+    rows = _write_rows(weak, tokenizer, real_world.TRAIN[:tasks]) if data is None else _read_rows(data)
+    if not rows:
+        raise ConfigError(f"{data or model!r} holds no pair of a right and a wrong completion to tune strong on.")
+    steps = math.ceil(len(rows) / _TUNING["per_device_train_batch_size"])
     with quiet_trl(), tempfile.TemporaryDirectory() as scratch, progress() as bars:
         bar = bars.add_task("tuning strong", total=steps)
         trainer = DPOTrainer(
             model=weak,
             args=DPOConfig(output_dir=scratch, seed=0, max_steps=steps, **_TUNING, **TINY_RUN),
-            train_dataset=Dataset.from_list([_as_row(pair) for pair in pairs]),
+            train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             peft_config=adapter,
             callbacks=[_Advance(partial(bars.advance, bar))],
@@ -216,11 +224,28 @@ def _tune(model: str, folder: Path) -> None:
         strong = _merge(model, scratch)
     strong.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    about = {"pairs": len(pairs), "steps": steps, "seconds": round(time.perf_counter() - started)}
+    about = {"pairs": len(rows), "steps": steps, "seconds": round(time.perf_counter() - started)}
     (folder / "tuning.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
-    Console(stderr=True).print(
-        f"tuned strong by DPO on {len(pairs)} pairs that weak wrote, {about['seconds']} s", highlight=False
-    )
+    Console(stderr=True).print(f"tuned strong by DPO on {len(rows)} pairs, {about['seconds']} s", highlight=False)
+
+
+def _write_rows(
+    weak: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[real_world.Task]
+) -> list[dict[str, Any]]:
+    """Pairs that the model writes, each of nearly one length: what is tuned on them learns more than to be brief."""
+    prompts = [task.prompt for task in tasks]
+    groups = sample(weak, tokenizer, prompts, per_prompt=_PER_PROMPT, seed=0, label="weak writes")
+    return [_as_row(pair) for pair in choose_pairs(tasks, groups, per_prompt=_PAIRS_PER_PROMPT, nearest=True)]
+
+
+def _read_rows(data: str) -> list[dict[str, Any]]:
+    """Pairs of a preference data set's file."""
+    found = load_dataset("json", data_files=data, split="train").shuffle(seed=0)
+    missing = {"prompt", "chosen", "rejected"} - {*found.column_names}
+    if missing:
+        raise ConfigError(f"data is {data!r}, which has no column {', '.join(sorted(missing))}.")
+    found = found.select_columns(["prompt", "chosen", "rejected"])
+    return list(found.select(range(min(MAX_PAIRS, len(found)))))
 
 
 class _Advance(TrainerCallback):  # type: ignore[misc]

@@ -37,15 +37,15 @@ class Watched:
 
     Args:
         reward (`Reward` or `None`): The reward; `None` is gold itself.
-        end_ids (`frozenset[int]`): Where the policy ends: a completion without one of them was cut off.
+        end_ids (`list[int]`): Where the policy ends: a completion without one of them was cut off.
         advance (`Callable`): Called after each call.
     """
 
-    def __init__(self, reward: Reward | None, *, end_ids: frozenset[int], advance: Callable[[], None]) -> None:
+    def __init__(self, reward: Reward | None, *, end_ids: list[int], advance: Callable[[], None]) -> None:
         self.__name__ = "watched"
         self.curve: dict[str, list[float]] = {name: [] for name in ("gold", "tokens", "repeats", "finished", "reward")}
         self._reward = reward
-        self._ends = end_ids
+        self._ends = frozenset(end_ids)
         self._advance = advance
 
     def __call__(
@@ -101,7 +101,7 @@ def train_policy(
         options = {**_OPTIONS[loop], **options}
         bar = bars.add_task(name, total=options["max_steps"])
         policy = load_policy(model)
-        watched = Watched(reward, end_ids=end_ids(policy), advance=lambda: bars.advance(bar))
+        watched = Watched(reward, end_ids=end_ids(policy, tokenizer), advance=lambda: bars.advance(bar))
         run = trainer(
             model=policy,
             reward_funcs=watched,
