@@ -43,6 +43,7 @@ MAX_PAIRS = 400
 _TUNING: dict[str, Any] = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
+    "warmup_steps": 5,
     "beta": 0.1,
     "loss_type": ["sigmoid", "sft"],  # without the likelihood the model forgets how to write
     "loss_weights": [1.0, 0.2],
