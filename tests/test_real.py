@@ -62,7 +62,7 @@ def test_pairs_of_a_file_that_is_none(checkpoints, tmp_path, monkeypatch, conten
 
 def test_a_model_that_writes_no_pair(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_CDR_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ConfigError, match="holds no pair of a right and a wrong completion"):
+    with pytest.raises(ConfigError, match="wrote no pair of a right and a wrong completion"):
         real_models.build_strong(checkpoints["weak"], tasks=1)
 
 

@@ -94,12 +94,15 @@ def test_criteria_are_shown_to_the_pair_alone(scorer, monkeypatch):
 
 def test_attacks_are_counted_beside_right_completions(scorer):
     right = [(BEES, "Bees fly far from home."), (ROSES, "Roses grow.")]
-    found = measure_attacks({"none": scorer}, right)
+    surprise = DensityRatioScorer(share=scorer, gate="surprise")
+    found = measure_attacks({"surprise": surprise}, right)
     assert list(found) == list(ATTACKS)
     values = [score.value for score in scorer.score([BEES.prompt, ROSES.prompt], [text for _, text in right])]
     swapped = [score.value for score in scorer.score([BEES.prompt, ROSES.prompt], [text for _, text in right[::-1]])]
     wins = [attack > honest for attack, honest in zip(swapped, values, strict=True)]
     assert found["other"]["none"]["win"][0] == sum(wins) / 2
+    gated = [score.gated for score in surprise.score([BEES.prompt], [" ".join(["Bees"] * 20)])]
+    assert found["word"]["surprise"]["gated"] >= sum(gated) / 2
     honest = measure_gates({"none": scorer}, {"mine": [(*row, True) for row in right]})
     assert honest == {"mine": {"texts": 2, "none": [0.0, 0.0, 0.0]}}
 

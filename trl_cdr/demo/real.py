@@ -124,31 +124,32 @@ class Lab:
         prompts = [task.prompt for task in tasks]
         groups = {
             f"the strong model's own, T = {temperature}": self._written(
-                f"samples-strong-{temperature}", prompts, per_prompt=2, model=self.strong, temperature=temperature
+                f"samples-strong-{temperature}", prompts, per_prompt=1, model=self.strong, temperature=temperature
             )
             for temperature in (0.7, 1.0, 1.3)
         }
         policys = self._written("samples-seen", prompts)
+        groups["the policy's own, T = 1.0"] = [group[:2] for group in policys]
 
         def measure() -> dict[str, Any]:
-            scorers: dict[str, DensityRatioScorer] = {"none": self._scorer(gate="none")}
-            scorers |= {gate: DensityRatioScorer(share=scorers["none"], gate=gate) for gate in GATES[1:]}
+            typicality = self._scorer(gate="typicality")
+            scorers = {"typicality": typicality, "surprise": DensityRatioScorer(share=typicality, gate="surprise")}
             honest = {
                 name: [
                     (task, one.text, one.finished) for task, group in zip(tasks, written, strict=True) for one in group
                 ]
-                for name, written in {**groups, "the policy's own, T = 1.0": policys}.items()
+                for name, written in groups.items()
             }
-            honest["people's"] = [(task, text, True) for task, text in real_world.WRITTEN]
-            right = [
-                (task, one.text)
+            honest["a person's"] = [(task, text, True) for task, text in real_world.WRITTEN]
+            right = {  # one for each task
+                task: one.text
                 for task, group in zip(tasks, policys, strict=True)
                 for one in group
                 if real_world.gold(task, one.text, one.finished)
-            ]
+            }
             return {
-                "honest": real_gate.measure_gates({gate: scorers[gate] for gate in GATES[1:]}, honest),
-                "attacks": real_gate.measure_attacks(scorers, right),
+                "honest": real_gate.measure_gates(scorers, honest),
+                "attacks": real_gate.measure_attacks(scorers, list(right.items())),
             }
 
         return self.parts.run("gates", measure)

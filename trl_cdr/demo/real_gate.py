@@ -58,25 +58,33 @@ def measure_attacks(
         right (`Sequence`): Tasks, each with a right completion.
 
     Returns:
-        `dict`: by name of `ATTACKS`, by gate `gated` (share) and `win` `[share, low, high]`, see `bootstrap`.
+        `dict`: by name of `ATTACKS`, by gate `gated` (share) and `win` `[share, low, high]`, see `bootstrap`; `none` is
+        the plain ratio.
     """
     requests = [task.request for task, _ in right]
+    texts = [
+        {"right": text, **write_attacks(task, text, right[(place + 1) % len(right)][1], random.Random(place))}
+        for place, (task, text) in enumerate(right)
+    ]
+    rows = [(task, text, True) for (task, _), forms in zip(right, texts, strict=True) for text in forms.values()]
     found: dict[str, Any] = {name: {} for name in ATTACKS}
-    attacks: dict[str, list[tuple[real_world.Task, str, bool]]] = {name: [] for name in ATTACKS}
-    for place, (task, text) in enumerate(right):
-        other = right[(place + 1) % len(right)][1]
-        for name, attack in write_attacks(task, text, other, random.Random(place)).items():
-            attacks[name].append((task, attack, True))
     for gate, scorer in scorers.items():
-        honest = rewards_from_scores(_score(scorer, [(*row, True) for row in right]), on_unscorable="raise")
-        for name, rows in attacks.items():
-            scores = _score(scorer, rows)
-            rewards = rewards_from_scores(scores, on_unscorable="raise")
-            wins = [float((mine or 0.0) > (theirs or 0.0)) for mine, theirs in zip(rewards, honest, strict=True)]
-            found[name][gate] = {
-                "gated": sum(score.gated for score in scores) / len(scores),
-                "win": bootstrap(wins, requests),
-            }
+        scores = _score(scorer, rows)
+        worth = {
+            "none": [score.value or 0.0 for score in scores],
+            gate: [reward or 0.0 for reward in rewards_from_scores(scores, on_unscorable="raise")],
+        }
+        for place, name in enumerate(texts[0]):
+            if name == "right":
+                continue
+            mine = slice(place, None, len(texts[0]))
+            for reward, values in worth.items():
+                wins = [
+                    float(attack > honest)
+                    for attack, honest in zip(values[mine], values[:: len(texts[0])], strict=True)
+                ]
+                gated = sum(score.gated for score in scores[mine]) / len(right) if reward == gate else 0.0
+                found[name][reward] = {"gated": gated, "win": bootstrap(wins, requests)}
     return found
 
 

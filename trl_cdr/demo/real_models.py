@@ -39,7 +39,8 @@ RECIPE_VERSION = 1
 _BATCH = 64  # sequences
 _PER_PROMPT = 4
 _PAIRS_PER_PROMPT = 2
-MAX_PAIRS = 400
+MAX_PAIRS = 1000
+"""Of a file."""
 _TUNING: dict[str, Any] = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
@@ -189,32 +190,55 @@ def build_strong(model: str, *, tasks: int, data: str | None = None, cache: bool
             wrote no pair.
         ModelError: there is no such model.
     """
-    source = identify_weights(model, "model") + str(tasks)
-    if data is not None:
+    adapter = make_lora()
+    weights = identify_weights(model, "model")
+    if data is None:
+        written = build_once(_name("written", weights, tasks), partial(_write, model, tasks), cache=cache)
+        path, source = written / "pairs.jsonl", str(tasks)
+    else:
+        path = Path(data)
         try:
-            source += hashlib.sha256(Path(data).read_bytes()).hexdigest()
+            source = hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
             raise ConfigError(f"data is {data!r}, which can't be read: {error.strerror}.") from error
-    name = f"real-strong-v{RECIPE_VERSION}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
-    return build_once(name, partial(_tune, model, tasks, data), cache=cache)
+    return build_once(_name("strong", weights, source), partial(_tune, model, path, adapter), cache=cache)
 
 
-def _tune(model: str, tasks: int, data: str | None, folder: Path) -> None:
+def _name(what: str, *made_of: object) -> str:
+    digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
+    return f"real-{what}-v{RECIPE_VERSION}-{digest[:12]}"
+
+
+def _write(model: str, tasks: int, folder: Path) -> None:
+    """Pairs that the model writes, each of nearly one length: what is tuned on them learns more than to be brief."""
+    started = time.perf_counter()
+    chosen = real_world.TRAIN[:tasks]
+    weak, tokenizer = load_policy(model), AutoTokenizer.from_pretrained(model)
+    groups = sample(
+        weak, tokenizer, [task.prompt for task in chosen], per_prompt=_PER_PROMPT, seed=0, label="weak writes"
+    )
+    rows = [_as_row(pair) for pair in choose_pairs(chosen, groups, per_prompt=_PAIRS_PER_PROMPT, nearest=True)]
+    if not rows:
+        raise ConfigError(f"{model!r} wrote no pair of a right and a wrong completion to tune strong on.")
+    folder.mkdir()
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    _say(f"weak wrote {len(rows)} pairs", started)
+
+
+def _tune(model: str, pairs: Path, adapter: Any, folder: Path) -> None:
+    """One pass over a file of pairs."""
     from trl import DPOConfig, DPOTrainer
 
-    adapter = make_lora()
     started = time.perf_counter()
-    tokenizer, weak = AutoTokenizer.from_pretrained(model), load_policy(model)
-    rows = _write_rows(weak, tokenizer, real_world.TRAIN[:tasks]) if data is None else _read_rows(data)
-    if not rows:
-        raise ConfigError(f"{data or model!r} holds no pair of a right and a wrong completion to tune strong on.")
+    rows = _read_rows(pairs)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     steps = math.ceil(len(rows) / _TUNING["per_device_train_batch_size"])
     with quiet_trl(), tempfile.TemporaryDirectory() as scratch, progress() as bars:
         bar = bars.add_task("tuning strong", total=steps)
         trainer = DPOTrainer(
-            model=weak,
+            model=load_policy(model),
             args=DPOConfig(output_dir=scratch, seed=0, max_steps=steps, **_TUNING, **TINY_RUN),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=rows,
             processing_class=tokenizer,
             peft_config=adapter,
             callbacks=[_Advance(partial(bars.advance, bar))],
@@ -227,26 +251,21 @@ def _tune(model: str, tasks: int, data: str | None, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     about = {"pairs": len(rows), "steps": steps, "seconds": round(time.perf_counter() - started)}
     (folder / "tuning.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
-    Console(stderr=True).print(f"tuned strong by DPO on {len(rows)} pairs, {about['seconds']} s", highlight=False)
+    _say(f"tuned strong by DPO on {len(rows)} pairs", started)
 
 
-def _write_rows(
-    weak: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[real_world.Task]
-) -> list[dict[str, Any]]:
-    """Pairs that the model writes, each of nearly one length: what is tuned on them learns more than to be brief."""
-    prompts = [task.prompt for task in tasks]
-    groups = sample(weak, tokenizer, prompts, per_prompt=_PER_PROMPT, seed=0, label="weak writes")
-    return [_as_row(pair) for pair in choose_pairs(tasks, groups, per_prompt=_PAIRS_PER_PROMPT, nearest=True)]
-
-
-def _read_rows(data: str) -> list[dict[str, Any]]:
-    """Pairs of a preference data set's file."""
-    found = load_dataset("json", data_files=data, split="train").shuffle(seed=0)
+def _read_rows(path: Path) -> Dataset:
+    """At most `MAX_PAIRS` pairs of a file, drawn with a seed."""
+    found = load_dataset("json", data_files=str(path), split="train")
     missing = {"prompt", "chosen", "rejected"} - {*found.column_names}
     if missing:
-        raise ConfigError(f"data is {data!r}, which has no column {', '.join(sorted(missing))}.")
-    found = found.select_columns(["prompt", "chosen", "rejected"])
-    return list(found.select(range(min(MAX_PAIRS, len(found)))))
+        raise ConfigError(f"data is {str(path)!r}, which has no column {', '.join(sorted(missing))}.")
+    found = found.select_columns(["prompt", "chosen", "rejected"]).shuffle(seed=0)
+    return found.select(range(min(MAX_PAIRS, len(found))))
+
+
+def _say(what: str, started: float) -> None:
+    Console(stderr=True).print(f"{what}, {time.perf_counter() - started:.0f} s", highlight=False)
 
 
 class _Advance(TrainerCallback):  # type: ignore[misc]
