@@ -60,6 +60,8 @@ def draw_labels(labels: Mapping[str, Mapping[str, Any]], judges: Mapping[str, st
     for axes, (kinds, found) in zip(panels, labels.items(), strict=True):
         for place, judge in enumerate(judges):
             for part, offset, alpha in (("drawn", -0.19, 1.0), ("matched", 0.19, 0.55)):
+                if found[part][judge] is None:  # no such pair
+                    continue
                 mean, low, high = found[part][judge]
                 colour = "#0072B2" if judge == "ratio" else "#8a959d"
                 axes.barh(place + offset, mean, height=0.34, color=colour, alpha=alpha)

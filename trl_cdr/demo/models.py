@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import datasets
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -212,14 +213,16 @@ def one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide transformers' own progress bars: a bar for each of a dozen tiny loads says nothing."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    """Hide transformers' and datasets' own progress bars: a bar for each of a dozen tiny loads says nothing."""
+    libraries = (logging, datasets.utils.logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _build(folder: Path, recipes: Sequence[Recipe], parents: Mapping[str, Path]) -> None:

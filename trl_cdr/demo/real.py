@@ -264,10 +264,15 @@ def run_real(
 def print_real(summary: dict[str, Any]) -> None:
     """What was measured, as Markdown tables on stdout."""
     for name, labels in summary["labels"].items():
-        drawn, matched = labels["drawn"], labels["matched"]
         _print_table(
-            [f"{name} kinds: prefers the right one", f"{drawn['pairs']} pairs", f"{matched['pairs']} of equal length"],
-            [[label, _share(drawn[judge]), _share(matched[judge])] for judge, label in real_labels.JUDGES.items()],
+            [
+                f"{name} kinds: prefers the right one",
+                *(f"{labels[of]['pairs']} {what}" for of, what in real_labels.SETS.items()),
+            ],
+            [
+                [label, *(_share(labels[of][judge]) for of in real_labels.SETS)]
+                for judge, label in real_labels.JUDGES.items()
+            ],
         )
     if "criteria" in summary:
         names = ("none", "own", "other", "shorter")
@@ -329,7 +334,9 @@ def _print_table(head: list[str], rows: list[list[str]]) -> None:
         print(f"| {' | '.join(row)} |")
 
 
-def _share(interval: list[float]) -> str:
+def _share(interval: list[float] | None) -> str:
+    if interval is None:
+        return "-"
     mean, low, high = interval
     return f"{mean:.0%} ({low:.0%}-{high:.0%})"
 

@@ -49,8 +49,9 @@ def measure_labels(
         per_prompt (`int`, *optional*, defaults to 3): At most so many pairs a task.
 
     Returns:
-        `dict`: for each of `SETS` `pairs` and by judge of `JUDGES` `[share, low, high]`, see `bootstrap`; and `kinds`:
-        by kind of condition the share that gold calls right, and the ratio's share of the pairs as drawn.
+        `dict`: for each of `SETS` `pairs` and by judge of `JUDGES` `[share, low, high]` (None without pairs), see
+        `bootstrap`; and `kinds`: by kind of condition the share that gold calls right, and the ratio's share of the
+        pairs as drawn.
     """
     chosen = {
         "drawn": choose_pairs(tasks, groups, per_prompt=per_prompt),
@@ -189,6 +190,6 @@ def _wins(values: Sequence[float]) -> list[float]:
 
 def _shares(pairs: Sequence[Pair], values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     if not pairs:
-        return {"pairs": 0}
+        return {"pairs": 0} | dict.fromkeys(JUDGES)
     requests = [pair.task.request for pair in pairs]
     return {"pairs": len(pairs)} | {name: bootstrap(_wins(column), requests) for name, column in values.items()}
