@@ -156,8 +156,9 @@ def _bench(argv: list[str]) -> None:
     about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
     about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
     about += "; gaming: policies trained on the plain and on the gated reward (an hour)"
+    about += "; optimum: what a policy converges to, by weighted samples and by training (20 minutes)"
     about += "; real: a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)"
-    choices = [*WORKLOADS, "pair_step", "gaming", "real"]
+    choices = [*WORKLOADS, "pair_step", "gaming", "optimum", "real"]
     parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
     parser.add_argument(
         "--model",
@@ -196,6 +197,13 @@ def _bench(argv: list[str]) -> None:
 
         gaming = run_gaming()
         print(json.dumps(gaming, indent=2)) if args.json else print_gaming(gaming)
+        return
+
+    if args.workload == "optimum":
+        from .demo.optimum import print_optimum, run_optimum
+
+        optimum = run_optimum()
+        print(json.dumps(optimum, indent=2)) if args.json else print_optimum(optimum)
         return
 
     if args.workload == "pair_step":

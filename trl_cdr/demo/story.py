@@ -189,6 +189,7 @@ def train_with(
     seed: int,
     steps: int,
     evaluate_every: int,
+    keep: Path | None = None,
     **options: Any,
 ) -> dict[str, list[float]]:
     """Train a copy of the policy on `reward`, and measure its gold reward meanwhile.
@@ -201,6 +202,7 @@ def train_with(
         seed (`int`): The trainer's, and the evaluation's.
         steps (`int`): The trainer's.
         evaluate_every (`int`): Steps between two measurements of the gold reward.
+        keep (`Path`, *optional*): Folder for the trained policy and its tokenizer; without it both are thrown away.
         **options: The trainer's other arguments.
 
     Returns:
@@ -230,6 +232,8 @@ def train_with(
         )
         run.remove_callback(PrinterCallback)
         run.train()
+        if keep is not None:
+            run.save_model(str(keep))
     return evaluation.curve
 
 
