@@ -142,7 +142,7 @@ def _bench(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="trl-cdr bench", description=_describe("bench"))
     about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
     about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
-    about += "; gaming: policies trained on the plain and on the gated reward (an hour)"
+    about += "; gaming: policies trained on the plain and on gated rewards (hours)"
     choices = [*WORKLOADS, "pair_step", "gaming"]
     parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
     parser.add_argument("--model", choices=MODELS, default="llama-58m", help="architecture of a pair of random weights")
