@@ -8,11 +8,12 @@ import pytest
 import torch
 from tiny import chat
 
-from trl_cdr import DensityRatioScorer, __version__
+from trl_cdr import CDRConfig, DensityRatioScorer, __version__
 from trl_cdr.bench import workloads
 from trl_cdr.bench.measure import Cost, measure
 from trl_cdr.bench.naive import naive_logps
 from trl_cdr.cli import main
+from trl_cdr.doctor import examine, print_examination
 from trl_cdr.scoring.causal_lm import CausalLM
 from trl_cdr.scoring.packing import Layout
 
@@ -230,6 +231,11 @@ def test_doctor(checkpoints, capsys, tmp_path):
     assert "MB more at work, kept prefixes" in printed
     main(["doctor", "--cdr_strong", str(strong), "--cdr_weak", checkpoints["weak"], "--cdr_gate", "surprise"])
     assert "gate: surprise, and survival beyond '<|im_end|>'" in capsys.readouterr().out
+    pair = {"strong": str(strong), "weak": checkpoints["weak"]}
+    found = examine(CDRConfig.from_options(**pair, gate="surprise"))
+    found["pair"]["strong"]["end_tokens"] = []
+    print_examination(found)
+    assert "gate: surprise, without survival: strong has no end token" in capsys.readouterr().out
     assert "unknown arguments: foo" in fails(capsys, ["doctor", "--foo", "--cdr_strong", "a", "--cdr_weak", "b"])
 
 

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from oracle import completion_logps, render, split_text
+from oracle import completion_logps, render, split_text, surprise
 from tiny import BRACKETS, answer, byte_tokenizer, chat, llama
 
 from trl_cdr import CDRReward, ConfigError, Criteria, DensityRatioScorer, DomainCriteria, Exemplar, InputError
@@ -33,7 +33,8 @@ def test_conditioned_scores_equal_the_naive_reference(long_pair, tokenizer, styl
     strong, weak = long_pair[0], llama(len(weak_tokenizer), seed=1, positions=1024)
     prompts = PROMPTS if style == "inline" else [prompt for prompt in PROMPTS if not isinstance(prompt, str)]
     rows = [(p, c, d) for p, c in zip(prompts, COMPLETIONS, strict=False) for d in CRITERIA.domains]
-    scorer = make(DensityRatioScorer, strong, weak, tokenizer, weak_tokenizer, criteria=CRITERIA, exemplar_style=style)
+    options = {"criteria": CRITERIA, "exemplar_style": style, "gate": "surprise"}
+    scorer = make(DensityRatioScorer, strong, weak, tokenizer, weak_tokenizer, **options)
     scores = scorer.score([row[0] for row in rows], [row[1] for row in rows], domains=[row[2] for row in rows])
     assert [score.error for score in scores] == [None] * len(rows)
     assert [score.domain for score in scores] == [row[2] for row in rows]
@@ -48,7 +49,10 @@ def test_conditioned_scores_equal_the_naive_reference(long_pair, tokenizer, styl
             prompt_ids, ids = split_text(own, render(own, messages), completion, own.eos_token)
             bos = [own.bos_token_id] if isinstance(prompt, str) and own is weak_tokenizer else []
             sums.append(float(completion_logps(model, bos + prompt_ids, ids).sum()))
+            if model is strong:
+                expected = surprise(model, prompt_ids, ids, {own.eos_token_id}, finished=True)
         assert score.value == pytest.approx(sums[0] - sums[1], abs=1e-4)
+        assert (score.surprise, score.survival) == pytest.approx(expected, abs=1e-3)
 
 
 def test_empty_conditioning_is_exactly_the_plain_ratio(strong, weak, tokenizer):

@@ -346,15 +346,29 @@ def test_a_bad_row_has_a_reason_and_leaves_the_others_alone(strong, weak, tokeni
     torch.testing.assert_close(values([before, after]), values(good), rtol=0, atol=1e-4)
 
 
-def test_a_non_finite_logit_is_a_reason(strong, tokenizer):
+@pytest.mark.parametrize("gate", ["surprise", "typicality", "none"])
+def test_a_non_finite_logit_is_a_reason(strong, tokenizer, gate):
     broken = llama(len(tokenizer), seed=1)
     letter = tokenizer("q", add_special_tokens=False).input_ids[0]
     with torch.no_grad():
         broken.model.embed_tokens.weight[letter] = float("nan")
-    bad, good = make_scorer(strong, broken, tokenizer).score(["hello q", "hello"], ["a", "a"])
-    assert bad.value is None
-    assert bad.error.startswith("weak gave the log-probability nan at completion token 0")
-    assert good.error is None
+    for role, pair in (("weak", (strong, broken)), ("strong", (broken, strong))):
+        bad, good = make_scorer(*pair, tokenizer, gate=gate).score(["hello q", "hello"], ["a", "a"])
+        assert bad.value is None
+        assert bad.error.startswith(f"{role} gave the log-probability nan at completion token 0")
+        assert (bad.surprise, bad.survival, bad.gated) == (None, None, False)
+        assert good.error is None
+
+
+def test_a_strong_model_that_is_certain_of_everything(weak, tokenizer):
+    """Its distributions are one-hot: what it does not expect is foreign, and every number is finite."""
+    certain = llama(len(tokenizer), seed=0)
+    with torch.no_grad():
+        certain.lm_head.weight *= 1e5
+    [score] = make_scorer(certain, weak, tokenizer, gate="surprise").score(["hello"], ["what is this"])
+    assert score.gated
+    assert 1e4 < score.surprise < math.inf
+    assert 0 <= score.survival < math.inf
 
 
 def test_unknown_end_of_completions_adds_no_end_token_and_warns_once(strong, weak, tokenizer, caplog):

@@ -155,7 +155,7 @@ def _bench(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="trl-cdr bench", description=_describe("bench"))
     about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
     about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
-    about += "; gaming: policies trained on the plain and on the gated reward (an hour)"
+    about += "; gaming: policies trained on the plain and on gated rewards (hours)"
     about += "; optimum: what a policy converges to, by weighted samples and by training (20 minutes)"
     about += "; real: a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)"
     choices = [*WORKLOADS, "pair_step", "gaming", "optimum", "real"]

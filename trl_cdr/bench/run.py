@@ -1,7 +1,7 @@
 """One workload, measured five ways on one pair, and its table.
 
 ours      packed or padded, as the rows suggest, prefix cache warm (the cold first call stands beside it)
-gated     ours with the statistics of the strong model that the typicality gate needs
+gated     ours with the statistics of the strong model that the default gate needs
 padded    every row whole, head on completion tokens only
 naive     padded batches of 8 rows, full logits, float32 log_softmax
 plain     unmasked forwards over ours' own tokens behind the same cached prefix, head on completion tokens
@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..config import CDRConfig
 from ..scoring.causal_lm import CausalLM
-from ..scoring.logps import token_logps, token_statistics
+from ..scoring.gate import gate_statistics
+from ..scoring.logps import token_logps
 from ..scoring.packed import Packed
 from ..scoring.packing import Layout, PackLimits
 from .measure import MB, Cost, describe_machine, matrix_rate, measure
@@ -145,6 +147,7 @@ def _run_shape(shape: Shape, pair: Sequence[CausalLM], *, device: str, runs: int
     constant = rows[0].prompt_ids[: shape.prefix]
     layout = Layout(rows, constant=constant)
     packed = [Packed(lm.decoder, prefix_cache_tokens=TOKEN_BUDGET) for lm in pair]
+    statistics = gate_statistics(CDRConfig.cdr_gate, sorted(pair[0].end_ids) or [0])  # random weights name no end
     kept: dict[int, list[Tensor]] = {}
     expected: dict[int, list[Tensor]] = {}
 
@@ -155,7 +158,7 @@ def _run_shape(shape: Shape, pair: Sequence[CausalLM], *, device: str, runs: int
 
     def gated() -> None:
         fresh = Layout(rows, constant=constant)
-        for lm, reduce in zip(pair, (token_statistics, token_logps), strict=True):
+        for lm, reduce in zip(pair, (statistics, token_logps), strict=True):
             lm.per_token_logps(fresh, token_budget=TOKEN_BUDGET, reduce=reduce)
 
     def plain() -> None:

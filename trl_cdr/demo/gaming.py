@@ -2,11 +2,10 @@
 
 `run_gaming` is `trl-cdr bench --workload gaming`. Each setting trains the tiny world's policy, by TRL's online DPO or
 by `OnlinePreferenceTrainer`, for every seed and gate; what counts is the gold reward at the end, which no reward sees.
-Some settings are chosen because the plain ratio collapses there, others because it does not. Then texts that no policy
-should be paid for are scored beside right completions.
+Some settings are chosen because the plain ratio collapses there, others because it does not; the long ones train three
+times as long. Then texts that no policy should be paid for are scored beside right completions.
 """
 
-import math
 import random
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +24,8 @@ from . import models, world
 from .story import TINY_RUN, Reward, gold_reward, quiet_trl, train_policy, train_with, versions
 
 SEEDS = (0, 1, 2)
-GATES = (math.inf, 2.0, 1.5, 1.0)
+GATES = ("none", "typicality", "surprise")
+_GOLD = "gold"
 
 _ATTACKS = {
     "nothing": "",
@@ -48,7 +48,7 @@ class Setting:
     One way to train: which pair scores which policy, and how hard the policy pushes.
 
     `batch_size` counts prompts. `pairs` are options of [`OnlinePreferenceConfig`]; without them TRL's online DPO
-    trains. None among the gates: gold itself is the reward.
+    trains. Beside the values of `cdr_gate`, "gold" is a gate: gold itself is the reward.
     """
 
     label: str
@@ -58,7 +58,7 @@ class Setting:
     steps: int
     batch_size: int
     beta: float
-    gates: tuple[float | None, ...] = GATES
+    gates: tuple[str, ...] = GATES
     pairs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,12 +73,16 @@ def make_settings(*, cache: bool = True) -> dict[str, Setting]:
     of_eight = {**of_two, "num_generations": 8}
     simpo = {"num_generations": 8, "learning_rate": 5e-4}  # the loss as it is by default
     anchored = {**simpo, "gamma": 0.5, "sft_coef": 1.0}
-    few = (math.inf, 1.5, None)
+    few = (*GATES, _GOLD)
     return {
         "dpo": Setting("online DPO: DPO strong, 2 x 16, beta 0.1, 160 steps", dpo, weak, policy, 160, 16, 0.1),
         "sft": Setting("online DPO: SFT strong, 2 x 32, beta 0.5, 120 steps", strong, weak, policy, 120, 32, 0.5),
         "mistakes": Setting(
             "online DPO: common mistakes, 2 x 32, beta 0.5, 120 steps", mild, base, mistakes.policy, 120, 32, 0.5
+        ),
+        "dpo_long": Setting("online DPO: DPO strong, 2 x 16, beta 0.02, 480 steps", dpo, weak, policy, 480, 16, 0.02),
+        "mistakes_long": Setting(
+            "online DPO: common mistakes, 2 x 32, beta 0.02, 360 steps", mild, base, mistakes.policy, 360, 32, 0.02
         ),
         "pairs_of_two": Setting(
             "ours, DPO: SFT strong, 2 x 32, beta 0.5, 120 steps", strong, weak, policy, 120, 32, 0.5, few, of_two
@@ -89,6 +93,12 @@ def make_settings(*, cache: bool = True) -> dict[str, Setting]:
         "simpo": Setting("ours, SimPO: SFT strong, 8 x 16, 240 steps", strong, weak, policy, 240, 16, 2.0, few, simpo),
         "simpo_mistakes": Setting(
             "ours, SimPO: common mistakes, 8 x 16, 240 steps", mild, base, mistakes.policy, 240, 16, 2.0, few, simpo
+        ),
+        "simpo_long": Setting(
+            "ours, SimPO: SFT strong, 8 x 16, 720 steps", strong, weak, policy, 720, 16, 2.0, few, simpo
+        ),
+        "simpo_mistakes_long": Setting(
+            "ours, SimPO: common mistakes, 8 x 16, 720 steps", mild, base, mistakes.policy, 720, 16, 2.0, few, simpo
         ),
         "anchored": Setting(
             "ours, SimPO and likelihood: SFT strong, 8 x 16", strong, weak, policy, 240, 16, 2.0, few, anchored
@@ -107,14 +117,14 @@ def make_settings(*, cache: bool = True) -> dict[str, Setting]:
     }
 
 
-def train(setting: Setting, *, gate: float | None, seed: int) -> dict[str, list[float]]:
+def train(setting: Setting, *, gate: str, seed: int) -> dict[str, list[float]]:
     """One run's curve, see `train_with`: the start and the end."""
     reward: Reward
-    if gate is None:
+    if gate == _GOLD:
         reward = gold_reward(models.build_tokenizer().eos_token_id)
     else:
-        reward = CDRReward(str(setting.strong), str(setting.weak), device="cpu", typicality=gate)
-    common: dict[str, Any] = {"name": f"{_name(gate)}, seed {seed}", "seed": seed}
+        reward = CDRReward(str(setting.strong), str(setting.weak), device="cpu", gate=gate)
+    common: dict[str, Any] = {"name": f"{gate}, seed {seed}", "seed": seed}
     common |= {"steps": setting.steps, "evaluate_every": setting.steps}
     if not setting.pairs:
         return train_policy(setting.policy, reward, batch_size=setting.batch_size, beta=setting.beta, **common)
@@ -136,26 +146,18 @@ def measure_attacks(setting: Setting) -> dict[str, dict[str, float]]:
     How often a text that is no answer is worth more than a right completion to the same held-out prompt.
 
     Returns:
-        `dict`: for each kind of text the shares `plain` (the ratio) and `gated` (the reward), and `highest`, the
-        highest ratio of all prompts, nats.
+        `dict`: for each kind of text and each of `GATES` the share of prompts.
     """
-    scorer = DensityRatioScorer(str(setting.strong), str(setting.weak), device="cpu")
     prompts = [world.conversation(task) for task in world.HELD_OUT]
-    right = scorer.score(prompts, [task.right[0] for task in world.HELD_OUT])
-    found = {}
-    for kind, form in _ATTACKS.items():
-        scores = scorer.score(prompts, [_write(form, task) for task in world.HELD_OUT])
-        values = [(score.value or 0.0, other.value or 0.0) for score, other in zip(scores, right, strict=True)]
-        rewards = zip(
-            rewards_from_scores(scores, on_unscorable="floor"),
-            rewards_from_scores(right, on_unscorable="floor"),
-            strict=True,
-        )
-        found[kind] = {
-            "plain": sum(mine > other for mine, other in values) / len(values),
-            "gated": sum((mine or 0.0) > (other or 0.0) for mine, other in rewards) / len(values),
-            "highest": max(mine for mine, _ in values),
-        }
+    found: dict[str, dict[str, float]] = {kind: {} for kind in _ATTACKS}
+    first = DensityRatioScorer(str(setting.strong), str(setting.weak), device="cpu", gate=GATES[0])
+    for gate in GATES:
+        scorer = DensityRatioScorer(share=first, gate=gate)
+        right = _rewards(scorer, prompts, [task.right[0] for task in world.HELD_OUT])
+        for kind, form in _ATTACKS.items():
+            rewards = _rewards(scorer, prompts, [_write(form, task) for task in world.HELD_OUT])
+            wins = sum(mine > other for mine, other in zip(rewards, right, strict=True))
+            found[kind][gate] = wins / len(prompts)
     return found
 
 
@@ -178,7 +180,7 @@ def run_gaming(*, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
                 "label": setting.label,
                 "start": [curve["gold"][0] for curve in curves[setting.gates[0]]],
                 "seconds_per_step": sum(seconds) / len(seconds),
-                "gates": {_name(gate): [curve["gold"][-1] for curve in by_seed] for gate, by_seed in curves.items()},
+                "gates": {gate: [curve["gold"][-1] for curve in by_seed] for gate, by_seed in curves.items()},
             }
     return {"workload": "gaming", "settings": found, "attacks": attacks, "seeds": list(seeds), "versions": versions()}
 
@@ -187,17 +189,17 @@ def print_gaming(result: dict[str, Any]) -> None:
     """The result on stdout as Markdown tables: final gold reward, a number for each seed; and the attacks."""
     settings = list(result["settings"].values())
     gates = list(dict.fromkeys(gate for setting in settings for gate in setting["gates"]))
-    print(f"| final gold reward | start | {' | '.join(gates)} | seconds a step |")
+    print(f"| final gold reward | start | {' | '.join(map(_name, gates))} | seconds a step |")
     print("|---" * (len(gates) + 3) + "|")
     for setting in settings:
         cells = [" ".join(f"{gold:.2f}" for gold in setting["gates"].get(gate, [])) for gate in gates]
         start = sum(setting["start"]) / len(setting["start"])
         print(f"| {setting['label']} | {start:.2f} | {' | '.join(cells)} | {setting['seconds_per_step']:.2f} |")
     pairs = result["attacks"]
-    print(f"\n| worth more than a right completion: plain / gated | {' | '.join(pairs)} |")
+    print(f"\n| worth more than a right completion: {' / '.join(map(_name, GATES))} | {' | '.join(pairs)} |")
     print("|---" * (len(pairs) + 1) + "|")
     for kind in _ATTACKS:
-        cells = [f"{found[kind]['plain']:.0%} / {found[kind]['gated']:.0%}" for found in pairs.values()]
+        cells = [" / ".join(f"{found[kind][gate]:.0%}" for gate in GATES) for found in pairs.values()]
         print(f"| {kind} | {' | '.join(cells)} |")
 
 
@@ -205,10 +207,13 @@ def _write(form: str, task: world.Task) -> str:
     return form.format(prompt=task.prompt, right=task.right[0], word=task.right[0].split()[0])
 
 
-def _name(gate: float | None) -> str:
-    if gate is None:
-        return "gold"
-    return "plain" if gate == math.inf else f"gate {gate:g}"
+def _rewards(scorer: DensityRatioScorer, prompts: list[list[world.Message]], texts: list[str]) -> list[float]:
+    rewards = rewards_from_scores(scorer.score(prompts, texts), on_unscorable="floor")
+    return [reward for reward in rewards if reward is not None]  # all of them: a floor is no None
+
+
+def _name(gate: str) -> str:
+    return "plain" if gate == "none" else gate
 
 
 def _build_dpo_strong(plain: Path, *, cache: bool) -> Path:
