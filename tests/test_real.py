@@ -91,10 +91,11 @@ def few(monkeypatch, count):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_demo_in_small(smollm_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRL_CDR_CACHE", str(tmp_path / "cache"))
     few(monkeypatch, 6)
-    monkeypatch.setitem(real_models._TUNING, "per_device_train_batch_size", 2)
+    monkeypatch.setitem(real_models._TUNING, "per_device_train_batch_size", 3)
     summary = real.run_demo(tmp_path / "out", model=str(smollm_folder))
     assert summary["tuning"]["steps"] >= 1
     assert summary["labels"]["seen"]["drawn"]["pairs"] > 0
@@ -104,6 +105,24 @@ def test_the_demo_in_small(smollm_folder, tmp_path, monkeypatch, capsys):
     # Again: nothing is sampled, tuned or scored.
     monkeypatch.setattr(real_models, "sample", None)
     assert real.run_demo(tmp_path / "out", model=str(smollm_folder)) == summary
+
+
+@pytest.mark.parametrize("reward", [None, lambda **_: [1.0, None, 3.0]], ids=["gold", "another"])
+def test_what_is_trained_on_is_watched(reward):
+    task = real_world.TRAIN[4]  # rivers, no commas
+    steps = []
+    watched = real_training.Watched(reward, end_ids=[2], advance=lambda: steps.append(1))
+    texts = ["Rivers run.", "Rivers run, and run.", "Rivers run and run and run and run and"]
+    rewards = watched([task.prompt] * 3, [said(text) for text in texts], [[5, 6, 2, 2], [5, 7, 6, 2], [5, 6, 7, 6]])
+    assert rewards == ([1.0, 0.0, 0.0] if reward is None else [1.0, None, 3.0])
+    assert steps == [1]
+    assert watched.curve == {
+        "gold": [pytest.approx(1 / 3)],
+        "tokens": [pytest.approx(11 / 3)],
+        "repeats": [pytest.approx(1 / 3)],
+        "finished": [pytest.approx(2 / 3)],
+        "reward": [pytest.approx(1 / 3 if reward is None else 2.0)],
+    }
 
 
 @pytest.mark.real

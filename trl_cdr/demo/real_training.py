@@ -52,6 +52,8 @@ class Watched:
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **kwargs: Any
     ) -> list[float | None]:
         texts = [completion[-1]["content"] for completion in completions]
+        # Up to the end token: online DPO's ids are padded.
+        lengths = [next((n for n, one in enumerate(ids, 1) if one in self._ends), len(ids)) for ids in completion_ids]
         ended = [bool(self._ends.intersection(ids)) for ids in completion_ids]
         golds = [real_world.gold_of_prompt(*row) for row in zip(prompts, texts, ended, strict=True)]
         rewards: list[float | None] = [*golds]
@@ -60,7 +62,7 @@ class Watched:
             rewards = [*self._reward(**columns, **kwargs)]
         seen: dict[str, list[float]] = {
             "gold": golds,
-            "tokens": [len(ids) for ids in completion_ids],
+            "tokens": [*lengths],
             "repeats": [real_world.repeats(text) for text in texts],
             "finished": [*ended],
             "reward": [reward for reward in rewards if reward is not None],
