@@ -26,7 +26,7 @@ SETS = {
 JUDGES = {
     "ratio": "CDR: strong over weak",
     "strong_logps": "strong's log-probability",
-    "strong_mean": "the same, a token",
+    "strong_mean": "strong's, mean per token",
     "weak_logps": "weak's log-probability",
     "shorter": "the shorter one",
     "random": "random",
