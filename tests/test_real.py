@@ -66,6 +66,18 @@ def test_a_model_that_writes_no_pair(checkpoints, tmp_path, monkeypatch):
         real_models.build_strong(checkpoints["weak"], tasks=1)
 
 
+def test_a_tokenizer_without_padding_pads_with_its_end(checkpoints, tmp_path, strong):
+    tokenizer = real_models.load_tokenizer(checkpoints["strong"])
+    assert tokenizer.pad_token == "<|pad|>"
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    bare = real_models.load_tokenizer(tmp_path)
+    assert bare.pad_token == bare.eos_token == "<|im_end|>"
+    prompts = [chat("hello"), chat("what is this and that")]
+    groups = real_models.sample(strong, bare, prompts, per_prompt=2, seed=0)
+    assert [len(group) for group in groups] == [2, 2]
+
+
 @pytest.mark.slow
 def test_pairs_of_a_file_make_a_strong_model(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_CDR_CACHE", str(tmp_path / "cache"))

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from ..errors import ConfigError
 from ..scoring.checkpoint import identify_weights
 from ..scoring.scorer import DensityRatioScorer
@@ -190,7 +188,7 @@ class Lab:
         def write() -> dict[str, Any]:
             groups = real_models.sample(
                 real_models.load_policy(model or self.weak),
-                AutoTokenizer.from_pretrained(self.weak),
+                real_models.load_tokenizer(self.weak),
                 prompts,
                 per_prompt=per_prompt or self._samples,
                 seed=1,

@@ -68,6 +68,14 @@ def load_policy(model: str | Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
 
 
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; one that has no padding token pads with the end token."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a completion: the tokenizer's, and those at which the model's `generate` stops."""
     stops = model.generation_config.eos_token_id
@@ -213,7 +221,7 @@ def _write(model: str, tasks: int, folder: Path) -> None:
     """Pairs that the model writes, each of nearly one length: what is tuned on them learns more than to be brief."""
     started = time.perf_counter()
     chosen = real_world.TRAIN[:tasks]
-    weak, tokenizer = load_policy(model), AutoTokenizer.from_pretrained(model)
+    weak, tokenizer = load_policy(model), load_tokenizer(model)
     groups = sample(
         weak, tokenizer, [task.prompt for task in chosen], per_prompt=_PER_PROMPT, seed=0, label="weak writes"
     )
@@ -231,7 +239,7 @@ def _tune(model: str, pairs: Path, adapter: Any, folder: Path) -> None:
 
     started = time.perf_counter()
     rows = _read_rows(pairs)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     steps = math.ceil(len(rows) / _TUNING["per_device_train_batch_size"])
     with quiet_trl(), tempfile.TemporaryDirectory() as scratch, progress() as bars:
         bar = bars.add_task("tuning strong", total=steps)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from ..training.online_preference_config import OnlinePreferenceConfig
 from ..training.online_preference_trainer import OnlinePreferenceTrainer
 from . import real_world
 from .models import progress
-from .real_models import end_ids, load_policy, make_lora, sample
+from .real_models import end_ids, load_policy, load_tokenizer, make_lora, sample
 from .story import TINY_RUN, Reward, quiet_trl
 
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -91,7 +91,7 @@ def train_policy(
         `dict`: `curve` (a list by step of what `Watched` keeps, of the completions that are trained on) and
         `held_out`, see `evaluate`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     with quiet_trl(), tempfile.TemporaryDirectory() as scratch, progress() as bars:
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer  # warns: not at the top
 
@@ -143,5 +143,5 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed
 
 def evaluate_start(model: str | Path, *, seeds: Sequence[int]) -> dict[str, Any]:
     """The policy before training: `held_out`, a list by seed of `evaluate`."""
-    policy, tokenizer = load_policy(model), AutoTokenizer.from_pretrained(model)
+    policy, tokenizer = load_policy(model), load_tokenizer(model)
     return {"held_out": [evaluate(policy, tokenizer, seed=seed) for seed in seeds]}
