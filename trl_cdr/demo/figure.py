@@ -71,7 +71,7 @@ def draw_labels(labels: Mapping[str, Mapping[str, Any]], judges: Mapping[str, st
                 )
         axes.axvline(0.5, color="#444444", linewidth=0.8, linestyle=":")
         drawn, matched = found["drawn"]["pairs"], found["matched"]["pairs"]
-        axes.set_title(f"{kinds} kinds: {drawn} pairs (pale: {matched} matched in length)", loc="left", fontsize=11)
+        axes.set_title(f"{kinds} kinds: {drawn} pairs (pale: {matched} of like length)", loc="left", fontsize=10)
         axes.set_xlim(0, 1.05)
         axes.set_xlabel("prefers the right completion, 95 % interval")
         axes.spines[["top", "right"]].set_visible(False)
