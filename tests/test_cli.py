@@ -188,6 +188,15 @@ def test_bench_arguments(capsys):
     assert "--cdr_strong and --cdr_weak go together" in fails(capsys, ["bench", "--cdr_strong", "a"])
     assert "--runs is 0" in fails(capsys, ["bench", "--runs", "0"])
     assert "invalid choice: 'all'" in fails(capsys, ["bench", "--workload", "all"])
+    assert "--model is 'gpt': use one of llama-58m, llama-8b" in fails(capsys, ["bench", "--model", "gpt"])
+    assert "--data goes with --workload real" in fails(capsys, ["bench", "--data", "pairs.jsonl"])
+    assert "are JSON files in --output_dir" in fails(capsys, ["bench", "--workload", "real", "--json"])
+
+
+def test_demo_arguments(capsys):
+    assert "--model and --data go with --real" in fails(capsys, ["demo", "--model", "a"])
+    assert "--model and --data go with --real" in fails(capsys, ["demo", "--customize", "--data", "pairs.jsonl"])
+    assert "not allowed with argument" in fails(capsys, ["demo", "--customize", "--real"])
 
 
 @pytest.mark.slow

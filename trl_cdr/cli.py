@@ -150,36 +150,7 @@ def _score(argv: list[str]) -> None:
 
 def _bench(argv: list[str]) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler reports its starts on stderr
-    from .bench.workloads import MODELS, WORKLOADS
-
-    parser = argparse.ArgumentParser(prog="trl-cdr bench", description=_describe("bench"))
-    about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
-    about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
-    about += "; gaming: policies trained on the plain and on gated rewards (hours)"
-    about += "; optimum: what a policy converges to, by weighted samples and by training (20 minutes)"
-    about += "; real: a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)"
-    choices = [*WORKLOADS, "pair_step", "gaming", "optimum", "real"]
-    parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
-    parser.add_argument(
-        "--model",
-        help=f"architecture of a pair of random weights: {', '.join(MODELS)}; default: llama-58m. With --workload real "
-        "an instruct model, name or path, in place of SmolLM2-135M",
-    )
-    parser.add_argument("--data", help=_DATA_HELP.replace("--real", "--workload real"))
-    parser.add_argument("--output_dir", default="./trl-cdr-bench", help="with --workload real: folder for its results")
-    parser.add_argument("--cdr_strong", help="measure this model (name or path) in place of random weights")
-    parser.add_argument("--cdr_weak", help="the weak model beside it")
-    parser.add_argument("--cdr_dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on CPU")
-    parser.add_argument("--attention", default="sdpa", help="attention implementation, such as eager; default: sdpa")
-    parser.add_argument(
-        "--runs", type=int, default=5, help="runs after the first, whose medians are printed; default: 5"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    args = parser.parse_args(argv)
-    if (args.cdr_strong is None) != (args.cdr_weak is None):
-        parser.error("--cdr_strong and --cdr_weak go together")
-    if args.runs < 1:
-        parser.error(f"--runs is {args.runs}: use 1 or more")
+    args = _read_bench(argv)
 
     if args.workload == "real":
         from .demo.real import run_real
@@ -187,10 +158,6 @@ def _bench(argv: list[str]) -> None:
         _check_output(args.output_dir)
         run_real(args.output_dir, model=args.model, data=args.data)
         return
-
-    args.model = args.model or "llama-58m"
-    if args.model not in MODELS:
-        parser.error(f"--model is {args.model!r}: use one of {', '.join(MODELS)}")
 
     if args.workload == "gaming":
         from .demo.gaming import print_gaming, run_gaming
@@ -224,6 +191,49 @@ def _bench(argv: list[str]) -> None:
         print(json.dumps(result, indent=2))
     else:
         print_workload(result)
+
+
+def _read_bench(argv: list[str]) -> argparse.Namespace:
+    from .bench.workloads import MODELS, WORKLOADS
+
+    parser = argparse.ArgumentParser(prog="trl-cdr bench", description=_describe("bench"))
+    about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
+    about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
+    about += "; gaming: policies trained on the plain and on gated rewards (hours)"
+    about += "; optimum: what a policy converges to, by weighted samples and by training (20 minutes)"
+    about += "; real: a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)"
+    choices = [*WORKLOADS, "pair_step", "gaming", "optimum", "real"]
+    parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
+    parser.add_argument(
+        "--model",
+        help=f"architecture of a pair of random weights: {', '.join(MODELS)}; default: llama-58m. With --workload real "
+        "an instruct model, name or path, in place of SmolLM2-135M",
+    )
+    parser.add_argument("--data", help=_DATA_HELP.replace("--real", "--workload real"))
+    parser.add_argument("--output_dir", default="./trl-cdr-bench", help="with --workload real: folder for its results")
+    parser.add_argument("--cdr_strong", help="measure this model (name or path) in place of random weights")
+    parser.add_argument("--cdr_weak", help="the weak model beside it")
+    parser.add_argument("--cdr_dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on CPU")
+    parser.add_argument("--attention", default="sdpa", help="attention implementation, such as eager; default: sdpa")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="runs after the first, whose medians are printed; default: 5"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    args = parser.parse_args(argv)
+    if (args.cdr_strong is None) != (args.cdr_weak is None):
+        parser.error("--cdr_strong and --cdr_weak go together")
+    if args.runs < 1:
+        parser.error(f"--runs is {args.runs}: use 1 or more")
+    if args.workload == "real":
+        if args.json:
+            parser.error("--json: the results of --workload real are JSON files in --output_dir")
+        return args
+    if args.data is not None:
+        parser.error("--data goes with --workload real")
+    args.model = args.model or "llama-58m"
+    if args.model not in MODELS:
+        parser.error(f"--model is {args.model!r}: use one of {', '.join(MODELS)}")
+    return args
 
 
 def _doctor(argv: list[str]) -> None:
