@@ -97,9 +97,8 @@ def said(text):
 
 
 def few(monkeypatch, count):
-    for name in ("TRAIN", "HELD_OUT", "HELD_OUT_UNSEEN"):
+    for name in ("TRAIN", "HELD_OUT", "HELD_OUT_AGAIN", "HELD_OUT_UNSEEN"):
         monkeypatch.setattr(real_world, name, getattr(real_world, name)[:count])
-    monkeypatch.setattr(real, "_TASKS", {"seen": real_world.HELD_OUT, "unseen": real_world.HELD_OUT_UNSEEN})
 
 
 @pytest.mark.real

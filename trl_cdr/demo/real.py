@@ -29,9 +29,8 @@ SEEDS = (0, 1)
 GATES = ("none", "typicality", "surprise")
 REWARDS = ("surprise", "gold", "random", "none")
 """The pair's reward behind a gate, gold itself (the upper bound), and a control."""
-_DEMO = {"tasks": 240, "samples": 3}  # tasks that strong is tuned on, completions to a held-out task
-_WHOLE = {"tasks": len(real_world.TRAIN), "samples": 8}
-_TASKS = {"seen": real_world.HELD_OUT, "unseen": real_world.HELD_OUT_UNSEEN}
+_DEMO = {"tasks": 192, "samples": 3}  # tasks that strong is tuned on, completions to a held-out task
+_WHOLE = {"tasks": len(real_world.TRAIN), "samples": 8, "again": True}
 
 
 class Parts:
@@ -79,10 +78,19 @@ class Lab:
     """A model, the pair made of it, and what is measured on them. Every part's result is kept, see `Parts`."""
 
     def __init__(
-        self, output_dir: str | Path, *, model: str | None, data: str | None, tasks: int, samples: int, cache: bool
+        self,
+        output_dir: str | Path,
+        *,
+        model: str | None,
+        data: str | None,
+        tasks: int,
+        samples: int,
+        cache: bool,
+        again: bool = False,
     ) -> None:
         self.weak = str(build_smollm(cache=cache)) if model is None else model
         self._samples = samples
+        self._again = again
         self.parts = Parts(
             Path(output_dir),
             {
@@ -101,11 +109,19 @@ class Lab:
     def labels(self) -> dict[str, Any]:
         """See `real_labels.measure_labels`; for seen and unseen kinds."""
         scorer = self._scorer(gate="none")
-        return {name: self._labels(scorer, name) for name in _TASKS}
+        seen = {"seen": real_world.HELD_OUT} | ({"again": real_world.HELD_OUT_AGAIN} if self._again else {})
+        return {
+            "seen": self._labels(scorer, "seen", seen),
+            "unseen": self._labels(scorer, "unseen", {"unseen": real_world.HELD_OUT_UNSEEN}),
+        }
 
-    def _labels(self, scorer: DensityRatioScorer, name: str) -> Any:
-        tasks = _TASKS[name]
-        groups = self._written(f"samples-{name}", [task.prompt for task in tasks])
+    def _labels(self, scorer: DensityRatioScorer, name: str, parts: dict[str, list[real_world.Task]]) -> Any:
+        tasks = [task for some in parts.values() for task in some]
+        groups = [
+            group
+            for part, some in parts.items()
+            for group in self._written(f"samples-{part}", [task.prompt for task in some])
+        ]
         return self.parts.run(f"labels-{name}", lambda: real_labels.measure_labels(scorer, tasks, groups))
 
     def criteria(self) -> Any:
@@ -164,10 +180,10 @@ class Lab:
         return found
 
     def _train(self, loop: str, reward: str, seed: int) -> dict[str, Any]:
-        function: Reward | None = None
+        function: Reward | None = None  # gold itself
         if reward == "random":
             function = random_reward(seed)
-        else:
+        elif reward != "gold":
             function = CDRReward(self.strong, self.weak, gate=reward, dtype="bfloat16", policy_tokenizer=self.weak)
         return real_training.train_policy(self.weak, function, loop=loop, seed=seed, name=f"{loop}, {reward}, {seed}")
 

@@ -10,7 +10,7 @@ is tuned on seen kinds and training topics only.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,25 +140,27 @@ def _split(*, held_out: bool) -> list[str]:
     return [topic for place, topic in enumerate(TOPICS) if (place % 4 == 3) == held_out]
 
 
-def _tasks(topics: list[str], kinds: tuple[Kind, ...], *, rounds: int = 1) -> list[Task]:
-    """Every topic under every kind of condition, in each round with another value."""
+def _tasks(topics: list[str], kinds: tuple[Kind, ...], *, turns: Sequence[int] = (0,)) -> list[Task]:
+    """Every topic under every kind of condition, in each turn with another value."""
     return [
         Task(topic, kind, kind.values[(place + turn) % len(kind.values)])
-        for turn in range(rounds)
+        for turn in turns
         for place, topic in enumerate(topics)
         for kind in kinds
         if turn < len(kind.values)
     ]
 
 
-TRAIN = _tasks(_split(held_out=False), SEEN, rounds=2)
+TRAIN = _tasks(_split(held_out=False), SEEN, turns=(0, 1))
 """72 topics x 6 kinds, and once more with other values: 792."""
 HELD_OUT = _tasks(_split(held_out=True), SEEN)
 """24 topics that are not trained on x the same kinds."""
+HELD_OUT_AGAIN = _tasks(_split(held_out=True), SEEN, turns=(1,))
+"""The same topics and kinds with other values: 120 more."""
 HELD_OUT_UNSEEN = _tasks(_split(held_out=True), UNSEEN)
 """The same topics x 6 kinds that are not trained on either."""
 
-_BY_REQUEST = {task.request: task for task in (*TRAIN, *HELD_OUT, *HELD_OUT_UNSEEN)}
+_BY_REQUEST = {task.request: task for task in (*TRAIN, *HELD_OUT, *HELD_OUT_AGAIN, *HELD_OUT_UNSEEN)}
 
 
 def gold_of_prompt(prompt: list[Message], text: str, finished: bool) -> float:
