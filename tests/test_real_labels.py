@@ -60,8 +60,10 @@ def test_labels_are_counted_as_by_hand(scorer):
         for one, two in zip(scores[::2], scores[1::2], strict=True)
     ]
     assert found["drawn"]["shorter"][0] == sum(shorter) / 2
+    likely = [one.strong_logps > two.strong_logps for one, two in zip(scores[::2], scores[1::2], strict=True)]
+    assert found["drawn"]["lead"][0] == (sum(wins) - sum(likely)) / 2
     assert found["matched"]["pairs"] == 1  # the first is of 2 and of 8 words
-    assert {*found["matched"]} == {"pairs", *JUDGES}
+    assert {*found["matched"]} == {"pairs", "lead", *JUDGES}
     assert found["condition"]["ratio"][0] == sum(wins) / 2  # all four are well-formed
 
 

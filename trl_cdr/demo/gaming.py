@@ -72,8 +72,8 @@ def make_settings(*, cache: bool = True) -> dict[str, Setting]:
     sft = (plain / "strong", plain / "weak", policy)
     dpo = (_build_dpo_strong(plain, cache=cache), plain / "weak", policy)
     mild = (mistakes.mild, mistakes.base, mistakes.policy)
-    of_two = {"preference_loss": "dpo", "num_generations": 2, "learning_rate": 1e-3}
-    simpo = {"num_generations": 8, "learning_rate": 5e-4}  # the loss as it is by default
+    of_two: dict[str, Any] = {"preference_loss": "dpo", "num_generations": 2, "learning_rate": 1e-3}
+    simpo: dict[str, Any] = {"num_generations": 8, "learning_rate": 5e-4}  # the loss as it is by default
     return {
         "dpo": Setting("online DPO: DPO strong, 2 x 16, beta 0.1, 160 steps", *dpo, 160, 16, 0.1),
         "sft": Setting("online DPO: SFT strong, 2 x 32, beta 0.5, 120 steps", *sft, 120, 32, 0.5),
@@ -127,6 +127,7 @@ def train(setting: Setting, *, gate: str, seed: int, evaluations: int = 1) -> di
         "online_preference": (OnlinePreferenceTrainer, OnlinePreferenceConfig, "preference_beta"),
         "grpo": (GRPOTrainer, GRPOConfig, "beta"),
     }[setting.trainer]
+    options = {beta: setting.beta, **setting.options}
     return train_with(
         setting.policy,
         reward,
@@ -134,9 +135,8 @@ def train(setting: Setting, *, gate: str, seed: int, evaluations: int = 1) -> di
         config=config,
         per_device_train_batch_size=setting.batch_size * setting.options["num_generations"],
         max_completion_length=models.MAX_NEW_TOKENS,
-        **{beta: setting.beta},
         **common,
-        **setting.options,
+        **options,
     )
 
 

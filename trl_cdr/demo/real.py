@@ -20,7 +20,7 @@ from ..scoring.checkpoint import identify_weights
 from ..scoring.scorer import DensityRatioScorer
 from ..training.reward import CDRReward
 from . import real_gate, real_labels, real_models, real_training, real_world
-from .figure import draw_labels
+from .figure import draw_labels, draw_training
 from .models import Sample, quiet
 from .smollm import build_smollm
 from .story import Reward, random_reward, versions
@@ -29,8 +29,8 @@ SEEDS = (0, 1)
 GATES = ("none", "typicality", "surprise")
 REWARDS = ("surprise", "gold", "random", "none")
 """The pair's reward behind a gate, gold itself (the upper bound), and a control."""
-_DEMO = {"tasks": 192, "samples": 3}  # tasks that strong is tuned on, completions to a held-out task
-_WHOLE = {"tasks": len(real_world.TRAIN), "samples": 8, "again": True}
+_DEMO: dict[str, Any] = {"tasks": 192, "samples": 3}  # tasks that strong is tuned on, completions to a held-out task
+_WHOLE: dict[str, Any] = {"tasks": len(real_world.TRAIN), "samples": 8, "again": True}
 
 
 class Parts:
@@ -271,8 +271,18 @@ def run_real(
             "tuning": lab.tuning,
             "settings": lab.parts.settings,
         }
+    draw_training(_curves(summary["training"]), lab.parts.folder / "training.png")
     _finish(summary, lab.parts.folder)
     return summary
+
+
+def _curves(training: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
+    """By loop and reward, the curve of each seed."""
+    loops = {"online_dpo": "online DPO", "online_preference": "ours, SimPO"}
+    return {
+        label: {reward: [training[f"train-{loop}-{reward}-{seed}"]["curve"] for seed in SEEDS] for reward in REWARDS}
+        for loop, label in loops.items()
+    }
 
 
 def print_real(summary: dict[str, Any]) -> None:
@@ -285,7 +295,7 @@ def print_real(summary: dict[str, Any]) -> None:
             ],
             [
                 [label, *(_share(labels[of][judge]) for of in real_labels.SETS)]
-                for judge, label in real_labels.JUDGES.items()
+                for judge, label in [*real_labels.JUDGES.items(), ("lead", "the ratio less strong's log-probability")]
             ],
         )
     if "criteria" in summary:

@@ -50,7 +50,8 @@ def measure_labels(
 
     Returns:
         `dict`: for each of `SETS` `pairs` and by judge of `JUDGES` `[share, low, high]` (None without pairs), see
-        `bootstrap`; and `kinds`: by kind of condition the share that gold calls right, and the ratio's share of the
+        `bootstrap`, and `lead`, by how much the ratio's share is above strong's log-probability's, of the same pairs;
+        and `kinds`: by kind of condition the share that gold calls right, and the ratio's share of the
         pairs as drawn.
     """
     chosen = {
@@ -190,6 +191,9 @@ def _wins(values: Sequence[float]) -> list[float]:
 
 def _shares(pairs: Sequence[Pair], values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     if not pairs:
-        return {"pairs": 0} | dict.fromkeys(JUDGES)
+        return {"pairs": 0, "lead": None} | dict.fromkeys(JUDGES)
     requests = [pair.task.request for pair in pairs]
-    return {"pairs": len(pairs)} | {name: bootstrap(_wins(column), requests) for name, column in values.items()}
+    wins = {name: _wins(column) for name, column in values.items()}
+    lead = [ours - likely for ours, likely in zip(wins["ratio"], wins["strong_logps"], strict=True)]
+    shares = {name: bootstrap(won, requests) for name, won in wins.items()}
+    return {"pairs": len(pairs), "lead": bootstrap(lead, requests), **shares}
