@@ -63,7 +63,7 @@ def draw_labels(labels: Mapping[str, Mapping[str, Any]], judges: Mapping[str, st
                 if found[part][judge] is None:  # no such pair
                     continue
                 mean, low, high = found[part][judge]
-                colour = "#0072B2" if judge == "ratio" else "#8a959d"
+                colour = {"ratio": "#0072B2", "reward": "#56B4E9"}.get(judge, "#8a959d")
                 axes.barh(place + offset, mean, height=0.34, color=colour, alpha=alpha)
                 axes.plot([low, high], [place + offset] * 2, color="#222222", linewidth=1.1)
                 axes.annotate(

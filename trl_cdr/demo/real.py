@@ -108,7 +108,7 @@ class Lab:
 
     def labels(self) -> dict[str, Any]:
         """See `real_labels.measure_labels`; for seen and unseen kinds."""
-        scorer = self._scorer(gate="none")
+        scorer = self._scorer(gate="surprise")
         seen = {"seen": real_world.HELD_OUT} | ({"again": real_world.HELD_OUT_AGAIN} if self._again else {})
         return {
             "seen": self._labels(scorer, "seen", seen),
@@ -362,7 +362,7 @@ def _share(interval: list[float] | None) -> str:
     if interval is None:
         return "-"
     mean, low, high = interval
-    return f"{mean:.0%} ({low:.0%}-{high:.0%})"
+    return f"{mean:.0%} ({low:.0%} to {high:.0%})"
 
 
 def _finish(summary: dict[str, Any], folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from ..conditioning.criteria import Criteria, DomainCriteria
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
+from ..training.reward import rewards_from_scores
 from . import real_world
 from .models import Sample
 from .real_models import Pair, choose_pairs
@@ -25,6 +26,7 @@ SETS = {
 """Of pairs."""
 JUDGES = {
     "ratio": "CDR: strong over weak",
+    "reward": "the same, behind the gate surprise",
     "strong_logps": "strong's log-probability",
     "strong_mean": "strong's, mean per token",
     "weak_logps": "weak's log-probability",
@@ -44,7 +46,7 @@ def measure_labels(
     How often each judge prefers the completion that gold calls right.
 
     Args:
-        scorer (`DensityRatioScorer`): Of the pair.
+        scorer (`DensityRatioScorer`): Of the pair, with the gate.
         tasks, groups: What was asked, and what the policy wrote to each.
         per_prompt (`int`, *optional*, defaults to 3): At most so many pairs a task.
 
@@ -171,6 +173,7 @@ def _judge(scores: Sequence[Score]) -> dict[str, list[Any]]:
     rng = random.Random(0)
     judged: dict[str, Callable[[Score], Any]] = {
         "ratio": lambda score: score.value,
+        "reward": lambda score: rewards_from_scores([score], on_unscorable="floor")[0],
         "strong_logps": lambda score: score.strong_logps,
         "strong_mean": lambda score: (score.strong_logps or 0.0) / score.n_tokens,
         "weak_logps": lambda score: score.weak_logps,
