@@ -16,10 +16,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
+from ..scoring.rewards import rewards_from_scores
 from ..scoring.scorer import DensityRatioScorer
 from ..training.online_preference_config import OnlinePreferenceConfig
 from ..training.online_preference_trainer import OnlinePreferenceTrainer
-from ..training.reward import CDRReward, rewards_from_scores
+from ..training.reward import CDRReward
 from . import models, world
 from .story import TINY_RUN, Reward, gold_reward, quiet_trl, train_policy, train_with, versions
 
