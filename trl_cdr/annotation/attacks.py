@@ -16,7 +16,7 @@ ATTACKS = {
     "other": "another prompt's completion",
     "shuffled": "its words, shuffled",
     "cut": "its first half",
-    "clause": "it, its last three words five times more",
+    "clause": "it, and its last words five times",
     "unfinished": "its first half, the turn not ended",
     "padding": "it, and stock phrases",
     "flattery": "flattery, and then it",
