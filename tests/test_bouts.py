@@ -1,5 +1,7 @@
 """Attacks beside honest completions: who wins, and what of it is told."""
 
+import statistics
+
 import pytest
 from tiny import chat
 
@@ -77,14 +79,20 @@ def test_another_gate_keeps_models_criteria_and_options(strong, weak, tokenizer)
 
 
 def test_what_is_said_of_honest_completions(scorer):
-    groups = [[Completion(text, True) for text in ("a dog", "a dog", "the quick fox")], [HONEST[1]]]
-    found = measure_honest({"none": scorer}, PROMPTS, groups)
-    scores = score_completions(scorer, [PROMPTS[0]] * 3, groups[0])
-    assert found["completions"] == 4
-    assert found["finished"] == 1
-    assert found["none"]["ties"] == 1 / 3
-    longer = scores[2].n_tokens > scores[0].n_tokens
-    higher = scores[2].value > scores[0].value
-    assert found["none"]["length_correlation"] == pytest.approx(1 if longer == higher else -1)
+    texts = [("a dog", "a dog", "the quick fox"), ("that", "over a lazy dog and over a lazy dog"), ("world",)]
+    prompts = [*PROMPTS, chat("over?")]
+    groups = [[Completion(text, True) for text in group] for group in texts]
+    found = measure_honest({"none": scorer}, prompts, groups)
+    assert (found["completions"], found["finished"]) == (6, 1)
+    assert found["none"]["ties"] == 1 / 4
+    lengths, worths = [], []
+    for prompt, group in zip(prompts, groups[:2], strict=False):  # a single one has nothing beside it
+        scores = score_completions(scorer, [prompt] * len(group), group)
+        for values, column in (
+            (lengths, [score.n_tokens for score in scores]),
+            (worths, [score.value for score in scores]),
+        ):
+            values += [value - sum(column) / len(column) for value in column]
+    assert found["none"]["length_correlation"] == pytest.approx(statistics.correlation(lengths, worths), abs=1e-4)
     alone = measure_honest({"none": scorer}, PROMPTS[:1], [HONEST[:1]])
     assert alone["none"]["ties"] is alone["none"]["length_correlation"] is None

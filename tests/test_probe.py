@@ -78,6 +78,13 @@ def test_completions_to_one_prompt_are_one_prompts(scorer):
     assert list(found["attacks"]) == list(ATTACKS)
 
 
+def test_one_search_is_on_the_ratio_and_one_on_the_reward(scorer):
+    examples = probe(scorer, PROMPTS, COMPLETIONS, gates=(), best_of=0, search_budget=60)["examples"]
+    ratio, reward = (sum(one["reward"] for one in examples[name]) for name in ("search_ratio", "search_reward"))
+    assert len(examples["search_ratio"]) == len(examples["search_reward"]) == 3
+    assert reward > ratio
+
+
 def test_without_a_gate_there_is_one_search(scorer):
     plain = DensityRatioScorer(share=scorer, gate="none")
     found = probe(plain, PROMPTS, COMPLETIONS, gates=("none",), **SMALL)
@@ -122,7 +129,7 @@ def test_rows_that_can_not_be_used_are_counted(scorer):
     }
     with pytest.raises(InputError, match="no honest completion can be scored: the completion has no words"):
         probe(scorer, PROMPTS[:1], [""])
-    with pytest.raises(InputError, match="a completion can't be read: the completion has 2 messages"):
+    with pytest.raises(InputError, match="row 0 can't be used: the completion has 2 messages"):
         probe(scorer, PROMPTS[:1], [chat("a", "b")])
     with pytest.raises(InputError, match="there are no prompts"):
         probe(scorer, [])
@@ -149,6 +156,7 @@ def test_each_prompt_has_its_domains_criteria(strong, weak, tokenizer):
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"search_budget": 11}, "search_budget is 11, and the first token alone takes 12"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"gates": ("typical",)}, "cdr_gate is 'typical'"),
     ],
 )
 def test_numbers_are_looked_at_before_anything_is_loaded(option, message):

@@ -33,17 +33,16 @@ def test_the_reward_is_found_and_grows_with_the_budget(plain, tokenizer):
         assert one <= four <= eight
         assert eight > one + 5
     assert found[1] == search(plain, 4)
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     for one in found[2]:
         assert one.ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
-        assert not special & set(one.ids[:-1])
         assert one.text == tokenizer.decode(one.ids, skip_special_tokens=True)
     counts = [score.n_tokens for score in score_completions(plain, PROMPTS, found[2])]
     assert counts == [len(one.ids) for one in found[2]]  # as ids: the text alone may be other tokens
 
 
 def test_one_step_tries_the_likeliest_token_and_the_most_raised(plain, strong, weak, tokenizer):
-    for prompt, one in zip(PROMPTS, search(plain, 1), strict=True):
+    prompts = [chat(text) for text in ("hello", "over?", "a dog", "what is this?", "jumps", "and that", "quick", "fox")]
+    for prompt, one in zip(prompts, search(plain, 1, prompts), strict=True):
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
         with torch.no_grad():
             own, other = (model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for model in (strong, weak))
@@ -56,6 +55,17 @@ def test_one_step_tries_the_likeliest_token_and_the_most_raised(plain, strong, w
             for id in kinds
         ]
         assert rewards(plain, [one], [prompt])[0] >= max(tried) - 1e-4
+
+
+def test_tokens_that_are_no_text_are_not_tried(weak, tokenizer):
+    """Strong writes little but one of two of them, wherever it is."""
+    strong = llama(len(tokenizer), seed=0)
+    one, other = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    with torch.no_grad():
+        strong.lm_head.weight[one] *= 20
+        strong.lm_head.weight[other] = -strong.lm_head.weight[one]
+    scorer = DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer, gate="none")
+    assert not any({one, other} & {*found.ids} for found in search(scorer, 6))
 
 
 def test_what_is_looked_for_is_the_reward_behind_the_gate(plain):

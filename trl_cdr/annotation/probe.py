@@ -94,13 +94,15 @@ def probe(
         and rewards.
 
     Raises:
-        InputError: there is no prompt, no honest completion can be scored, or lengths differ.
-        ConfigError: a number is out of range.
+        InputError: there is no prompt, a completion can't be read or none can be scored, or lengths differ.
+        ConfigError: a number is out of range, or there is no such gate.
         ModelError: the policy or the pair can't be loaded.
     """
     _check(best_of=best_of, temperature=temperature, search_budget=search_budget, max_new_tokens=max_new_tokens)
+    gate, seed = scorer.config.cdr_gate, scorer.config.cdr_seed
+    scorers = {name: with_gate(scorer, name) for name in dict.fromkeys((*gates, gate)) if name != "none"}
+    scorers = scorers or {"none": scorer}
     pair = scorer.load()
-    seed = scorer.config.cdr_seed
     writer = None if policy is None else load_policy(policy, scorer.config, pair)
     on_stage("honest completions")
     field = _gather(pair, prompts, completions, finished, scorer.route(prompts, domains))
@@ -120,18 +122,8 @@ def probe(
             seed=seed + 1,
         )
     if search_budget:
-        searched = {"search_ratio": with_gate(scorer, "none")}
-        if scorer.config.cdr_gate != "none":
-            searched["search_reward"] = scorer
-        for name, target in searched.items():
-            on_stage(SEARCHES[name])
-            found = search_tokens(target, field.prompts, domains=field.domains, budget=search_budget, seed=seed)
-            attacks[name] = [[one] for one in found]
-
+        attacks |= _search(scorer, field, budget=search_budget, on_stage=on_stage)
     on_stage("scores")
-    gate = scorer.config.cdr_gate
-    scorers = {name: with_gate(scorer, name) for name in dict.fromkeys((*gates, gate)) if name != "none"}
-    scorers = scorers or {"none": scorer}
     bouts = hold_bouts(scorers, field.prompts, [group[0] for group in field.honest], attacks, domains=field.domains)
     attacked = summarise(bouts, field.prompts)
     rates = {name: one[gate]["win"][0] for name, one in attacked.items() if name not in _NOT_JUDGED}
@@ -168,7 +160,7 @@ def _gather(
     finished: Sequence[bool | None] | None,
     domains: Sequence[str | None],
 ) -> _Field:
-    """Rows by prompt. One whose completion can't be read keeps none, and gets some."""
+    """Rows by prompt."""
     if not len(prompts):
         raise InputError("there are no prompts to probe with. Pass a few dozen.")
     given = [None] * len(prompts) if completions is None else completions
@@ -180,7 +172,8 @@ def _gather(
         )
     places: dict[str, int] = {}
     field = _Field([], [], [])
-    for prompt, completion, is_finished, domain in zip(prompts, given, ended, domains, strict=True):
+    rows = zip(prompts, given, ended, domains, strict=True)
+    for index, (prompt, completion, is_finished, domain) in enumerate(rows):
         key = json.dumps([request_key(prompt), domain])
         if key not in places:
             places[key] = len(field.prompts)
@@ -191,7 +184,7 @@ def _gather(
             try:
                 text = read_completion(completion)
             except Unscorable as reason:
-                raise InputError(f"a completion can't be read: {reason}.") from None
+                raise InputError(f"row {index} can't be used: {reason}.") from None
             can_end = None not in (end_id(pair.strong, prompt), end_id(pair.weak, prompt))
             field.honest[places[key]].append(Completion(text, is_finished if can_end else None))
     return field
@@ -259,6 +252,21 @@ def _write(field: _Field, *, seed: int) -> dict[str, list[list[Completion]]]:
         other = field.honest[(place + 1) % count][0].text if count > 1 else None
         for name, text in write_attacks(prompt, group[0], other, random.Random(f"{seed} {place}")).items():
             found.setdefault(name, [[] for _ in range(count)])[place] = [text]
+    return found
+
+
+def _search(
+    scorer: DensityRatioScorer, field: _Field, *, budget: int, on_stage: Callable[[str], None]
+) -> dict[str, list[list[Completion]]]:
+    """Token searches by name, each with one text for each prompt."""
+    targets = {"search_ratio": with_gate(scorer, "none")}
+    if scorer.config.cdr_gate != "none":
+        targets["search_reward"] = scorer
+    found = {}
+    for name, target in targets.items():
+        on_stage(SEARCHES[name])
+        texts = search_tokens(target, field.prompts, domains=field.domains, budget=budget, seed=scorer.config.cdr_seed)
+        found[name] = [[text] for text in texts]
     return found
 
 
