@@ -1,12 +1,13 @@
 """`trl-cdr probe` as its users meet it."""
 
 import json
+import re
 
 import pytest
 from tiny import chat
 
 from trl_cdr.annotation.probe_file import why_it_fails
-from trl_cdr.annotation.probe_report import ATTACK_NAMES
+from trl_cdr.annotation.probe_report import ATTACK_NAMES, print_probe
 from trl_cdr.cli import main
 
 ROWS = [
@@ -56,6 +57,28 @@ def test_the_status_is_1_where_an_attack_wins_too_often(arguments, tmp_path, cap
     [line] = [line for line in error.splitlines() if line.startswith("trl-cdr probe: ")]
     assert f"{ATTACK_NAMES[worst['attack']]} is worth more than the honest completion on 100% of the prompts" in line
     assert "above max_win 0.9" in line
+
+
+def test_a_narrow_terminal_cuts_off_no_share(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what is no terminal has room
+    gates = {gate: {"win": [1.0, 1.0, 1.0], "gated": 1.0} for gate in ("none", "typicality", "surprise")}
+    honest = {gate: {"gated": 0.0, "ties": None, "length_correlation": -0.5} for gate in gates}
+    found = {
+        "gate": "surprise",
+        "prompts": 3,
+        "left_out": {"a reason": 2},
+        "honest": {"completions": 3, **honest},
+        "attacks": {"twice": gates},
+        "win": {"mean": 1.0, "worst": 1.0, "attack": "twice"},
+    }
+    for columns, cells in (("72", ["100%"] * 5), ("130", ["100% (100%-100%)"] * 3 + ["100%"] * 2)):
+        monkeypatch.setenv("COLUMNS", columns)
+        print_probe(found, tmp_path)
+        printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        [line] = [line for line in printed.splitlines() if line.startswith("the completion, said")]
+        assert sorted(re.findall(r"100%(?: \(100%-100%\))?", line)) == sorted(cells)
+        assert "left out (2): a reason" in printed
+        assert "ties -, correlation with length -0.50" in " ".join(printed.split())
 
 
 def test_as_often_as_allowed_is_not_too_often():

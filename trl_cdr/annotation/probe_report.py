@@ -17,7 +17,7 @@ ATTACK_NAMES = ATTACKS | SEARCHES
 _GATE_NAMES = {"none": "plain ratio", "typicality": "typicality", "surprise": "surprise"}
 # Okabe and Ito's palette, told apart by all kinds of colour vision; markers for those who see none.
 _LOOKS = {"none": ("#888888", "o"), "typicality": ("#0072B2", "s"), "surprise": ("#D55E00", "D")}
-_WIDTH = 110
+_WIDTH = 110  # columns; with fewer, intervals are left to the file
 
 
 def print_probe(found: Mapping[str, Any], folder: Path) -> None:
@@ -32,15 +32,17 @@ def print_probe(found: Mapping[str, Any], folder: Path) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDTH)
     gates = _gates(found)
-    title = f"worth more than an honest completion: share of {found['prompts']} prompts (95 % interval)"
+    is_wide = console.width >= _WIDTH
+    title = f"worth more than an honest completion: share of {found['prompts']} prompts"
+    title += " (95 % interval)" if is_wide else ""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("attack", min_width=20)
+    table.add_column("attack", min_width=16)
     for gate in gates:
-        table.add_column(_head(found, gate, "\n"), justify="right", no_wrap=True)
+        table.add_column(_head(found, gate).replace(" ", "\n", 1), justify="right", no_wrap=True)
         if gate != "none":
             table.add_column("stopped", justify="right", no_wrap=True)
     for name, one in found["attacks"].items():
-        cells = [cell for gate in gates for cell in _cells(one[gate], gate)]
+        cells = [cell for gate in gates for cell in _cells(one[gate], gate, is_wide=is_wide)]
         table.add_row(ATTACK_NAMES[name], *cells)
     console.print(table)
     honest, win = found["honest"], found["win"]
@@ -86,7 +88,7 @@ def draw_probe(found: Mapping[str, Any], path: Path, *, max_win: float | None = 
             marker,
             color=colour,
             markersize=5.5,
-            label=_head(found, gate, " "),
+            label=_head(found, gate),
             clip_on=False,
             zorder=3,
         )
@@ -109,11 +111,11 @@ def _gates(found: Mapping[str, Any]) -> list[str]:
     return [gate for gate in GATES if gate in found["honest"]]
 
 
-def _head(found: Mapping[str, Any], gate: str, between: str) -> str:
-    return _GATE_NAMES[gate] + (f"{between}(the reward)" if gate == found["gate"] else "")
+def _head(found: Mapping[str, Any], gate: str) -> str:
+    return _GATE_NAMES[gate] + (" (the reward)" if gate == found["gate"] else "")
 
 
-def _cells(one: Mapping[str, Any], gate: str) -> list[str]:
+def _cells(one: Mapping[str, Any], gate: str, *, is_wide: bool) -> list[str]:
     mean, low, high = one["win"]
-    cells = [f"{mean:.0%} ({low:.0%}-{high:.0%})"]
+    cells = [f"{mean:.0%}" + (f" ({low:.0%}-{high:.0%})" if is_wide else "")]
     return cells if gate == "none" else [*cells, f"{one['gated']:.0%}"]
