@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..scoring.encoding import Completion, Prompt, Unscorable, read_messages
 
 ATTACKS = {
-    "word": "a word twenty times",
+    "word": "its first word, twenty times",
     "prompt": "the request itself",
     "twice": "the completion, said twice",
     "two": "it, and another prompt's",
