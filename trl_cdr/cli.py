@@ -20,6 +20,7 @@ _COMMANDS = {
     "demo": "build a tiny strong/weak pair and train a policy on its labels, offline, in about two minutes",
     "train": "train a policy on the pair's labels: GRPO, RLOO, online DPO, SimPO; from YAML or arguments",
     "score": "score a JSONL file of prompts and completions",
+    "probe": "attack a pair's reward before training on it: what is worth more than an honest completion?",
     "bench": "measure what scoring costs, beside the naive way",
     "doctor": "print versions, and how each model of a pair will run: what a bug report should hold",
 }
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Run a command line (default: the process's own).
 
     Raises:
-        SystemExit: with status 2 where arguments or input are wrong; the message on stderr says what to change.
+        SystemExit: with status 2 where arguments or input are wrong; the message on stderr says what to change. With
+            status 1 where `probe` finds more than `--max_win` allows.
     """
     parser = argparse.ArgumentParser(
         prog="trl-cdr",
@@ -74,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not {"", os.getcwd()} & set(sys.path):  # functions that options name by dotted path, as under python -m
         sys.path.append(os.getcwd())
     try:
-        run = {"demo": _demo, "train": _train, "score": _score, "bench": _bench, "doctor": _doctor}[command.command]
-        run(rest)
+        runs = {"demo": _demo, "train": _train, "score": _score, "probe": _probe, "bench": _bench, "doctor": _doctor}
+        runs[command.command](rest)
     except CDRError as error:
         print(f"trl-cdr {command.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -146,6 +148,19 @@ def _score(argv: list[str]) -> None:
     groups = (Group("what to score", ScoreArguments), Group("the pair", CDRConfig))
     arguments, config = _parse("score", groups, argv)
     score_file(arguments, config)
+
+
+def _probe(argv: list[str]) -> None:
+    from .annotation.probe_file import ProbeArguments, probe_file
+    from .config import CDRConfig
+
+    groups = (Group("what it is attacked with", ProbeArguments), Group("the pair and its reward", CDRConfig))
+    arguments, config = _parse("probe", groups, argv)
+    _check_output(arguments.output_dir)
+    failure = probe_file(arguments, config)
+    if failure is not None:
+        print(f"trl-cdr probe: {failure}", file=sys.stderr)
+        raise SystemExit(1)
 
 
 def _bench(argv: list[str]) -> None:

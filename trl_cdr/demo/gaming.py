@@ -3,9 +3,11 @@
 `run_gaming` is `trl-cdr bench --workload gaming`. Each setting trains the tiny world's policy, by TRL's online DPO or
 GRPO or by `OnlinePreferenceTrainer`, for every seed and gate; what counts is the gold reward at the end, which no
 reward sees. Some settings are chosen because the plain ratio collapses there, others because it does not; the long ones
-train three times as long. Then texts that no policy should be paid for are scored beside right completions.
+train three times as long. Then texts that no policy should be paid for are scored beside right completions, and what
+`trl-cdr probe` says of each pair and gate is ranked beside what became of the policies.
 """
 
+import functools
 import random
 import tempfile
 from collections.abc import Sequence
@@ -17,11 +19,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from ..scoring.rewards import rewards_from_scores
 from ..scoring.scorer import DensityRatioScorer
 from ..training.online_preference_config import OnlinePreferenceConfig
 from ..training.online_preference_trainer import OnlinePreferenceTrainer
-from ..training.reward import CDRReward, rewards_from_scores
+from ..training.reward import CDRReward
 from . import models, world
+from .foresight import FIGURES, correlate, probe_pair
 from .story import TINY_RUN, Reward, gold_reward, quiet_trl, train_policy, train_with, versions
 
 SEEDS = (0, 1, 2)
@@ -166,9 +170,12 @@ def run_gaming(*, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
 
     Returns:
         `dict`: `settings` (for each its `label`, the gold reward at the `start`, `seconds_per_step`, and by gate, as
-        text, a list by seed), `attacks` (by pair, see `measure_attacks`), `seeds` and `versions`.
+        text, a list by seed), `attacks` (by pair, see `measure_attacks`), `probe` (by setting and gate, see
+        `probe_pair`), `foresight` (see `correlate`), `seeds` and `versions`.
     """
     found: dict[str, Any] = {}
+    probed: dict[str, dict[str, Any]] = {}
+    probe_once = functools.cache(probe_pair)  # settings share pairs
     with models.one_thread(), models.quiet():
         settings = make_settings()
         attacks = {label: measure_attacks(settings[name]) for name, label in _PAIR_LABELS.items()}
@@ -181,7 +188,18 @@ def run_gaming(*, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
                 "seconds_per_step": sum(seconds) / len(seconds),
                 "gates": {gate: [curve["gold"][-1] for curve in by_seed] for gate, by_seed in curves.items()},
             }
-    return {"workload": "gaming", "settings": found, "attacks": attacks, "seeds": list(seeds), "versions": versions()}
+            models_of_it = (setting.strong, setting.weak, setting.policy)
+            probed[name] = {gate: probe_once(*models_of_it, gate=gate) for gate in setting.gates if gate != _GOLD}
+    figures = {name: {gate: one["win"] for gate, one in by_gate.items()} for name, by_gate in probed.items()}
+    return {
+        "workload": "gaming",
+        "settings": found,
+        "attacks": attacks,
+        "probe": probed,
+        "foresight": correlate(figures, {name: one["gates"] for name, one in found.items()}),
+        "seeds": list(seeds),
+        "versions": versions(),
+    }
 
 
 def print_gaming(result: dict[str, Any]) -> None:
@@ -200,6 +218,12 @@ def print_gaming(result: dict[str, Any]) -> None:
     for kind in _ATTACKS:
         cells = [" / ".join(f"{found[kind][gate]:.0%}" for gate in GATES) for found in pairs.values()]
         print(f"| {kind} | {' | '.join(cells)} |")
+    foresight = result["foresight"]
+    print(f"\n| the probe's win rate over attacks and final gold: {foresight['points']} settings x gates | Spearman |")
+    print("|---|---|")
+    for name in FIGURES:
+        rank = "-" if foresight[name] is None else f"{foresight[name]:+.2f}"
+        print(f"| {name} | {rank} |")
 
 
 def _write(form: str, task: world.Task) -> str:

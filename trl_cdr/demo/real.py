@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..annotation.attacks import ATTACKS
 from ..errors import ConfigError
 from ..scoring.checkpoint import identify_weights
 from ..scoring.scorer import DensityRatioScorer
@@ -324,10 +325,7 @@ def _print_gates(gates: dict[str, Any]) -> None:
     )
     _print_table(
         ["worth more than a right completion", *GATES],
-        [
-            [label, *(_share(gates["attacks"][name][gate]["win"]) for gate in GATES)]
-            for name, label in real_gate.ATTACKS.items()
-        ],
+        [[ATTACKS[name], *(_share(found[gate]["win"]) for gate in GATES)] for name, found in gates["attacks"].items()],
     )
 
 

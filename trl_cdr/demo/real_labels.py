@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..annotation.intervals import bootstrap
 from ..conditioning.criteria import Criteria, DomainCriteria
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
@@ -15,7 +16,6 @@ from . import real_world
 from .models import Sample
 from .real_models import Pair, choose_pairs
 
-_RESAMPLES = 2000
 _MATCHED = 0.2
 
 SETS = {
@@ -127,30 +127,6 @@ def measure_criteria(
         asked += topics_of
     found["all"] = {"pairs": len(asked)} | {name: bootstrap(won, asked) for name, won in every.items()}
     return found
-
-
-def bootstrap(values: Sequence[float], groups: Sequence[object], *, seed: int = 0) -> list[float]:
-    """
-    A mean with its 95 % interval, by drawing whole groups anew (2,000 times, seeded).
-
-    Args:
-        values (`Sequence[float]`): What is averaged.
-        groups (`Sequence`): To which group each belongs: values of one prompt are not independent.
-
-    Returns:
-        `list[float]`: mean, 2.5 % and 97.5 % quantile of the resampled means.
-    """
-    by_group: dict[object, list[float]] = {}
-    for value, group in zip(values, groups, strict=True):
-        by_group.setdefault(group, []).append(value)
-    sums = [(sum(one), len(one)) for one in by_group.values()]
-    rng = random.Random(seed)
-    means = []
-    for _ in range(_RESAMPLES):
-        again = rng.choices(sums, k=len(sums))
-        means.append(sum(total for total, _ in again) / sum(count for _, count in again))
-    means.sort()
-    return [sum(values) / len(values), means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES)]]
 
 
 def score_samples(

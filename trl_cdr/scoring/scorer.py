@@ -279,16 +279,16 @@ class DensityRatioScorer:
                 conditioned.append(conditionings[cast(str, domain)].apply(prompt))
         return conditioned, [conditionings.get(cast(str, domain)) for domain in domains]
 
-    def load(self) -> None:
+    def load(self) -> Pair:
         """
-        Load the pair now, where the first call to `score` would.
+        Load the pair now, where the first call to `score` would, and return it.
 
         Raises:
             ConfigError: a model that was passed as an object did not survive pickling.
             ModelError: a model or tokenizer can't be loaded or can't serve.
         """
         with self._source.lock:
-            self._load()
+            return self._load()[0]
 
     def _load(self) -> tuple[Pair, CompletionReader]:
         if self.config.cdr_policy_tokenizer is not None and self._policy is None:
