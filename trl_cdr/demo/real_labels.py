@@ -9,9 +9,9 @@ from typing import Any
 
 from ..annotation.intervals import bootstrap
 from ..conditioning.criteria import Criteria, DomainCriteria
+from ..scoring.rewards import rewards_from_scores
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
-from ..training.reward import rewards_from_scores
 from . import real_world
 from .models import Sample
 from .real_models import Pair, choose_pairs
