@@ -8,7 +8,7 @@ times as long. Then texts that no policy should be paid for are scored beside ri
 
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from ..scoring.scorer import DensityRatioScorer
+from ..training.metrics import Call
 from ..training.online_preference_config import OnlinePreferenceConfig
 from ..training.online_preference_trainer import OnlinePreferenceTrainer
 from ..training.reward import CDRReward, rewards_from_scores
@@ -117,15 +118,22 @@ def make_settings(*, cache: bool = True) -> dict[str, Setting]:
     }
 
 
-def train(setting: Setting, *, gate: str, seed: int) -> dict[str, list[float]]:
-    """One run's curve, see `train_with`: the start and the end."""
+def train(
+    setting: Setting, *, gate: str, seed: int, evaluations: int = 1, observe: Callable[[Call], None] | None = None
+) -> dict[str, list[float]]:
+    """
+    One run's curve, see `train_with`: the start, and so many times until the end. `observe` gets the calls of the
+    reward, but for gold.
+    """
     reward: Reward
     if gate == _GOLD:
         reward = gold_reward(models.build_tokenizer().eos_token_id)
     else:
         reward = CDRReward(str(setting.strong), str(setting.weak), device="cpu", gate=gate)
+        if observe is not None:
+            reward.observe(observe)
     common: dict[str, Any] = {"name": f"{gate}, seed {seed}", "seed": seed}
-    common |= {"steps": setting.steps, "evaluate_every": setting.steps}
+    common |= {"steps": setting.steps, "evaluate_every": setting.steps // evaluations}
     if not setting.pairs:
         return train_policy(setting.policy, reward, batch_size=setting.batch_size, beta=setting.beta, **common)
     return train_with(
