@@ -68,7 +68,7 @@ def test_the_log_that_goes_furthest(tmp_path):
 def test_every_reward_of_a_run(tmp_path, capsys):
     """Under whatever name; an evaluation's metrics are not a reward's."""
     other = [{key.replace("cdr/", "safe/"): value for key, value in entry.items()} for entry in BAD]
-    evaluation = {"eval_cdr/strong_logps": -9.0, "step": 3}
+    evaluation = {"eval_cdr/strong_logps_per_token": -9.0, "step": 3}
     entries = [*({**one, **two} for one, two in zip(GOOD, other, strict=True)), evaluation]
     assert status(write(tmp_path, entries)) == 1
     printed = capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_every_reward_of_a_run(tmp_path, capsys):
 
 
 def test_values_that_are_no_numbers(tmp_path):
-    broken = [{"cdr/strong_logps": float("nan")}, {"cdr/tokens": None}, {}] * len(BAD)
+    broken = [{"cdr/strong_logps_per_token": float("nan")}, {"cdr/tokens": None}, {}] * len(BAD)
     entries = [{**entry, **change} for entry, change in zip(BAD, broken, strict=False)]
     found = audit(write(tmp_path, entries)).monitors["cdr"]
     assert found.n_readings == len(BAD) // 3

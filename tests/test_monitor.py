@@ -11,7 +11,8 @@ from trl_cdr.training.monitor import Monitor, names_in, read_entry
 def entry(step, cost, gain, *, tokens=10.0, name="cdr"):
     """A log of completions that cost the strong model so much and gain so much, nats a token."""
     logps = {"strong_logps": -cost * tokens, "weak_logps": -(cost + gain) * tokens, "tokens": tokens}
-    return {"step": step, "loss": 0.5, **{f"{name}/{key}": value for key, value in logps.items()}}
+    metrics = {"strong_logps_per_token": -cost, **logps}
+    return {"step": step, "loss": 0.5, **{f"{name}/{key}": value for key, value in metrics.items()}}
 
 
 def history(cost, gain, *, logs=100, noise=0.0, every=1, seed=0):
@@ -38,7 +39,7 @@ HEALTHY = {
     "text that the strong model likes better": {"cost": ramp(0.6, 0.2), "gain": ramp(-0.1, 0.1)},
     "good text that is rarer than bad": {"cost": ramp(0.2, 0.5), "gain": ramp(0.0, 0.2)},
     "nothing at all": {"cost": ramp(1.5, 1.5), "gain": ramp(0.0, 0.0)},
-    "a price that is no more than a rounding": {"cost": ramp(0.5, 0.55), "gain": ramp(0.0, 0.0)},
+    "a change that is none": {"cost": ramp(0.5, 0.6), "gain": ramp(0.0, 0.0)},
 }
 
 
@@ -65,8 +66,8 @@ def test_a_collapse(noise, every):
 
 def test_the_price_decides():
     """The same rise of what text costs the strong model, and what it buys."""
-    paid = history(cost=ramp(0.5, 1.5), gain=ramp(0.0, 0.6), noise=0.05)
-    given_away = history(cost=ramp(0.5, 1.5), gain=ramp(0.0, 0.3), noise=0.05)
+    paid = history(cost=ramp(0.5, 1.5), gain=ramp(0.0, 1.0), noise=0.05)
+    given_away = history(cost=ramp(0.5, 1.5), gain=ramp(0.0, 0.5), noise=0.05)
     assert watch(paid).alarm is None
     assert watch(given_away).alarm is not None
 
@@ -148,8 +149,8 @@ def test_each_reward_has_its_own():
 
 
 def test_the_names_in_a_log():
-    keys = ("cdr/strong_logps", "safe/strong_logps", "eval_safe/strong_logps")
-    entries = [{"step": 1, "loss": 1.0}, *({key: -1.0} for key in keys), {"eval_x/strong_logps": -1.0}]
+    keys = ("cdr/strong_logps_per_token", "safe/strong_logps_per_token", "eval_safe/strong_logps_per_token")
+    entries = [{"step": 1, "loss": 1.0}, *({key: -1.0} for key in keys), {"eval_x/strong_logps_per_token": -1.0}]
     assert names_in(entries) == ["cdr", "safe", "eval_x"]  # the last may be the name of a reward
 
 

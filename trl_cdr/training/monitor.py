@@ -7,12 +7,12 @@ So of every log two numbers are read, both in nats a token,
     cost = -log p_strong                   what the policy's text costs the strong model
     gain = log p_strong - log p_weak       what the pair pays for it
 
-and one is watched: waste = cost - 2 gain. Learning what the pair knows lowers it, be it that text becomes likelier
-(cost falls) or that good text is rarer than bad (cost rises, and buys at least half as much ratio). It rises where the
-strong model's likelihood is given up for little.
+and one is watched: waste = cost - gain. Learning what the pair knows lowers it, be it that text becomes likelier (cost
+falls) or that good text is rarer than bad (cost rises, and buys as much ratio). It rises where a nat of the strong
+model's likelihood is given up for less than a nat of the ratio.
 
 The alarm is a CUSUM. With w_0 the mean waste of the first n logs, and s the noise of one (from the differences between
-logs, and a tenth of a nat at least: a smaller change is none),
+logs, and a fifth of a nat at least: a smaller change is none),
 
     S = max(0, S + min((w - w_0) / s, 5) - 1 - 1 / sqrt(n))        alarm: S > 8
 
@@ -36,9 +36,7 @@ from typing import Any
 _STEPS = 10
 _LOGS = 3
 """What the first and the last steps are: so many steps, and so many logs at least."""
-_PRICE = 2.0
-"""Nats of the strong model's likelihood that a nat of the ratio may cost."""
-_LEAST_NOISE = 0.1
+_LEAST_NOISE = 0.2
 """Nats a token."""
 _SLACK = 1.0
 _MOST = 5.0
@@ -67,8 +65,8 @@ class Reading:
 
     @property
     def waste(self) -> float:
-        """What is given up of the strong model's likelihood, less what it may cost, nats a token."""
-        return self.cost - _PRICE * self.gain
+        """What is given up of the strong model's likelihood, less what is had for it, nats a token."""
+        return self.cost - self.gain
 
 
 @dataclass(frozen=True)
@@ -173,18 +171,19 @@ def read_entry(entry: Mapping[str, Any], *, name: str) -> Reading | None:
         entry (`Mapping`): The entry.
         name (`str`): `cdr_name` of the reward.
     """
-    keys = ("step", *(f"{name}/{key}" for key in ("strong_logps", "weak_logps", "tokens")))
+    metrics = ("strong_logps_per_token", "strong_logps", "weak_logps", "tokens")
+    keys = ("step", *(f"{name}/{key}" for key in metrics))
     found = [entry.get(key) for key in keys]
     numbers = [float(value) for value in found if isinstance(value, int | float) and math.isfinite(value)]
     if len(numbers) < len(keys) or numbers[-1] <= 0:  # nothing was scored
         return None
-    step, strong, weak, tokens = numbers
-    return Reading(int(step), cost=-strong / tokens, gain=(strong - weak) / tokens)
+    step, per_token, strong, weak, tokens = numbers
+    return Reading(int(step), cost=-per_token, gain=(strong - weak) / tokens)
 
 
 def names_in(history: Iterable[Mapping[str, Any]]) -> list[str]:
     """`cdr_name` of every reward whose metrics are in a `log_history`; those of an evaluation are not looked at."""
-    ending = "/strong_logps"
+    ending = "/strong_logps_per_token"
     found = dict.fromkeys(key.removesuffix(ending) for entry in history for key in entry if key.endswith(ending))
     return [name for name in found if not (name.startswith("eval_") and name.removeprefix("eval_") in found)]
 
