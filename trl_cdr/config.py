@@ -195,7 +195,7 @@ class CDRConfig:
         self.cdr_chat_template_kwargs = _parse_mapping("cdr_chat_template_kwargs", self.cdr_chat_template_kwargs)
         if isinstance(self.cdr_add_special_tokens, bool):  # YAML reads a bare true as a boolean
             self.cdr_add_special_tokens = "true" if self.cdr_add_special_tokens else "false"
-        if self.cdr_on_gaming is False:  # and a bare off as one
+        if isinstance(self.cdr_on_gaming, bool) and not self.cdr_on_gaming:  # and a bare off as one
             self.cdr_on_gaming = "off"
         for name, hint in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)

@@ -108,7 +108,7 @@ def find_alarm(calls: Sequence[dict[str, float]], *, every: int) -> int | None:
         logged = calls[step - every : step]
         means = {f"cdr/{key}": statistics.fmean(call[key] for call in logged) for key in logged[0]}
         monitor.read({"step": step, **means})
-    return monitor.alarm and monitor.alarm.step
+    return None if monitor.alarm is None else monitor.alarm.step
 
 
 def run_alarms(folder: str | Path, *, seeds: Sequence[int] = SEEDS) -> list[Outcome]:
