@@ -53,6 +53,13 @@ def test_healthy_runs(kind, every):
             assert monitor.is_judged
 
 
+@pytest.mark.parametrize(("every", "most"), [(1, 0), (10, 1)])
+def test_a_long_run_in_which_nothing_happens(every, most):
+    """Of 60, with the noise of small batches, which is in the first steps too."""
+    runs = (history(**HEALTHY["nothing at all"], noise=0.5, every=every, logs=300, seed=seed) for seed in range(60))
+    assert sum(watch(run).alarm is not None for run in runs) <= most
+
+
 @pytest.mark.parametrize("every", [1, 5, 10])
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
 def test_a_collapse(noise, every):

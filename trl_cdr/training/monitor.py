@@ -14,7 +14,7 @@ model's likelihood is given up for less than a nat of the ratio.
 The alarm is a CUSUM. With w_0 the mean waste of the first n logs, and s the noise of one (from the differences between
 logs, and a fifth of a nat at least: a smaller change is none),
 
-    S = max(0, S + min((w - w_0) / s, 5) - 1 - 1 / sqrt(n))        alarm: S > 8
+    S = max(0, S + min((w - w_0) / s, 5) - 1 - 1 / sqrt(n))        alarm: S > 10
 
 so that a rise has to last: one log adds less than 4, however wild it is, and what stays within the noise of a log, and
 within that of w_0, adds nothing in the long run.
@@ -40,7 +40,7 @@ _LEAST_NOISE = 0.2
 """Nats a token."""
 _SLACK = 1.0
 _MOST = 5.0
-_BOUND = 8.0
+_BOUND = 10.0
 """Of the CUSUM, in units of the noise: what a log may have for nothing, what it counts for at most, and the alarm."""
 _DIFFERENCES = 100
 """From how many differences between logs, the latest ones, the noise is taken."""
