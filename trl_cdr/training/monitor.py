@@ -89,7 +89,7 @@ class Alarm:
         return (
             f"a token of the policy's text costs the strong model {self.last.cost:.2f} nats "
             f"({self.first.cost:.2f} in the first steps), and the log-ratio has changed by "
-            f"{self.last.gain - self.first.gain:+.2f} nats a token by it"
+            f"{self.last.gain - self.first.gain:+.2f} nats a token"
         )
 
 
