@@ -10,7 +10,7 @@ train three times as long. Then texts that no policy should be paid for are scor
 import functools
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ..scoring.rewards import rewards_from_scores
 from ..scoring.scorer import DensityRatioScorer
+from ..training.metrics import Call
 from ..training.online_preference_config import OnlinePreferenceConfig
 from ..training.online_preference_trainer import OnlinePreferenceTrainer
 from ..training.reward import CDRReward
@@ -116,13 +117,20 @@ def _grpo(label: str, strong: Path, weak: Path, policy: Path, steps: int) -> Set
     return Setting(label, strong, weak, policy, steps, 8, 0.0, (*GATES, _GOLD), options, "grpo")
 
 
-def train(setting: Setting, *, gate: str, seed: int, evaluations: int = 1) -> dict[str, list[float]]:
-    """One run's curve, see `train_with`: the start, and so many times until the end."""
+def train(
+    setting: Setting, *, gate: str, seed: int, evaluations: int = 1, observe: Callable[[Call], None] | None = None
+) -> dict[str, list[float]]:
+    """
+    One run's curve, see `train_with`: the start, and so many times until the end. `observe` gets the calls of the
+    reward, but for gold.
+    """
     reward: Reward
     if gate == _GOLD:
         reward = gold_reward(models.build_tokenizer().eos_token_id)
     else:
         reward = CDRReward(str(setting.strong), str(setting.weak), device="cpu", gate=gate)
+        if observe is not None:
+            reward.observe(observe)
     common: dict[str, Any] = {"name": f"{gate}, seed {seed}", "seed": seed}
     common |= {"steps": setting.steps, "evaluate_every": setting.steps // evaluations}
     if setting.trainer == "online_dpo":
