@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not {"", os.getcwd()} & set(sys.path):  # functions that options name by dotted path, as under python -m
         sys.path.append(os.getcwd())
     try:
-        commands = (_demo, _train, _score, _probe, _audit, _bench, _doctor)
-        {run.__name__.removeprefix("_"): run for run in commands}[command.command](rest)
+        runs = (_demo, _train, _score, _probe, _audit, _bench, _doctor)
+        {run.__name__.removeprefix("_"): run for run in runs}[command.command](rest)
     except CDRError as error:
         print(f"trl-cdr {command.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
