@@ -1,6 +1,8 @@
 """What is refused before and while a pair is loaded."""
 
+import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -157,10 +159,32 @@ def test_per_token_ratios_need_a_shared_vocabulary(strong):
     assert same.score(["hello"], ["world"])[0].per_token is not None
 
 
-def test_the_same_name_twice_is_legitimate_and_said(checkpoints, caplog):
-    [score] = DensityRatioScorer(checkpoints["strong"], checkpoints["strong"]).score(["hello"], ["a"])
+@pytest.mark.parametrize("way", ["one name", "a link", "a copy"])
+def test_the_same_weights_twice_are_said_and_loaded_once(way, checkpoints, caplog, tmp_path):
+    other = checkpoints["strong"]
+    if way == "a link":
+        other = str(tmp_path / "link")
+        (tmp_path / "link").symlink_to(checkpoints["strong"])
+    if way == "a copy":
+        other = str(shutil.copytree(checkpoints["strong"], tmp_path / "copy"))
+    scorer = DensityRatioScorer(checkpoints["strong"], other)
+    [score] = scorer.score(["hello"], ["a"])
     assert score.value == 0
     assert "every log-ratio will be 0" in caplog.text
+    pair = scorer._source.get()
+    assert pair.strong.lm.model is pair.weak.lm.model
+
+
+def test_weights_that_differ_in_a_single_number_are_two_models(strong, tokenizer, checkpoints, caplog, tmp_path):
+    """Whatever a digest of some blocks of a large file says."""
+    other = copy.deepcopy(strong)
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1
+    other.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    [score] = DensityRatioScorer(checkpoints["strong"], str(tmp_path)).score(["hello"], ["a"])
+    assert score.value != 0
+    assert "every log-ratio will be 0" not in caplog.text
 
 
 def test_the_policys_tokenizer_is_looked_for_first(tmp_path):

@@ -72,7 +72,9 @@ class CausalLM:
         self._reason = ""
         self._prefix_cache_tokens = prefix_cache_tokens
         self._seed = seed
-        self._weights: str | None = None  # which they are; of modules that the caller holds nobody knows
+        # Of what was loaded: the model itself, to be shared, and which weights they are.
+        self.base: nn.Module | None = None
+        self._weights: str | None = None
         # Since a forward ran out of memory: tokens of one, and of a row that is packed.
         self._most_tokens: int | None = None
         self._longest_packed: float = math.inf
@@ -87,6 +89,7 @@ class CausalLM:
         dtype: str = "auto",
         device: str = "auto",
         init_kwargs: Mapping[str, Any] | None = None,
+        base: nn.Module | None = None,
         **kwargs: Any,
     ) -> "CausalLM":
         """
@@ -99,13 +102,17 @@ class CausalLM:
             dtype (`str`, *optional*, defaults to `"auto"`): The checkpoint's; float32 on CPU.
             device (`str`, *optional*, defaults to `"auto"`): The process's own device.
             init_kwargs (`Mapping`, *optional*): For `from_pretrained`; wins over all of the above.
+            base (`nn.Module`, *optional*): The same checkpoint, loaded by another's: `base` of that. It is used in
+                place of a second copy.
             **kwargs: The class's.
 
         Raises:
             ModelError: nothing can be loaded from there, an encoder-decoder, or weights that the checkpoint lacks.
         """
-        model = load_model(name, role, revision=revision, dtype=dtype, device=device, init_kwargs=init_kwargs)
-        lm = cls(model, role, **kwargs)
+        if base is None:
+            base = load_model(name, role, revision=revision, dtype=dtype, device=device, init_kwargs=init_kwargs)
+        lm = cls(base, role, **kwargs)
+        lm.base = base
         lm._weights = identify_weights(name, role, revision=revision, init_kwargs=init_kwargs)
         return lm
 

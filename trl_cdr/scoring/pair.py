@@ -18,6 +18,7 @@ from ..conditioning.criteria import Conditioning
 from ..config import CDRConfig
 from ..errors import ConfigError, ModelError
 from .causal_lm import CausalLM
+from .checkpoint import find_folder, same_weights
 from .encoding import Completion, Encoder, Prompt, Row, Unscorable, fit, own_chat_template, vocabulary_hash
 from .loading import hub_kwargs
 from .logps import Reduce, token_logps
@@ -254,15 +255,16 @@ def load_pair(
         ModelError: a model or tokenizer can't be loaded or can't serve.
     """
     revisions = (config.cdr_strong_revision, config.cdr_weak_revision)
-    if isinstance(strong, str) and (strong, revisions[0]) == (weak, revisions[1]):
-        logger.warning("strong and weak are both %r: every log-ratio will be 0.", strong)
     if strong_tokenizer is None:
         strong_tokenizer = load_tokenizer(config, str(strong), "strong_tokenizer", revision=revisions[0])
     if weak_tokenizer is None:
         weak_tokenizer = load_tokenizer(config, str(weak), "weak_tokenizer", revision=revisions[1])
     given = _read_template(config.cdr_chat_template)
     templates = [given or own_chat_template(tokenizer) for tokenizer in (strong_tokenizer, weak_tokenizer)]
-    members = []
+    is_one = _are_one(config, strong, weak)
+    if is_one:
+        logger.warning("strong and weak are both %r: every log-ratio will be 0.", strong)
+    members: list[Member] = []
     for role, model, tokenizer, revision, template, other in (
         ("strong", strong, strong_tokenizer, revisions[0], templates[0], templates[1]),
         ("weak", weak, weak_tokenizer, revisions[1], templates[1], templates[0]),
@@ -274,7 +276,7 @@ def load_pair(
             chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
             add_special_tokens=config.cdr_add_special_tokens,
         )
-        lm = _load_model(config, model, role, revision)
+        lm = _load_model(config, model, role, revision, base=members[0].lm.base if is_one and members else None)
         _check_embeddings(lm, tokenizer, role)
         members.append(Member(lm, encoder, _choose_max_length(config, lm, role)))
     return Pair(*members)
@@ -301,7 +303,20 @@ def _read_template(path: str | None) -> str | None:
         raise ConfigError(f"cdr_chat_template is {path!r}, which can't be read: {error}. Give a UTF-8 file.") from None
 
 
-def _load_model(config: CDRConfig, model: str | nn.Module, role: str, revision: str | None) -> CausalLM:
+def _are_one(config: CDRConfig, strong: str | nn.Module, weak: str | nn.Module) -> bool:
+    """Whether strong and weak are the same weights under names, which may differ."""
+    if isinstance(strong, nn.Module) or isinstance(weak, nn.Module):
+        return False
+    init_kwargs: Any = config.cdr_model_init_kwargs
+    return same_weights(
+        find_folder(str(strong), "strong", revision=config.cdr_strong_revision, init_kwargs=init_kwargs),
+        find_folder(str(weak), "weak", revision=config.cdr_weak_revision, init_kwargs=init_kwargs),
+    )
+
+
+def _load_model(
+    config: CDRConfig, model: str | nn.Module, role: str, revision: str | None, *, base: nn.Module | None
+) -> CausalLM:
     if isinstance(model, nn.Module):  # the caller may change its weights: nothing of them is kept between calls
         return CausalLM(model, role, seed=config.cdr_seed)
     return CausalLM.load(
@@ -311,6 +326,7 @@ def _load_model(config: CDRConfig, model: str | nn.Module, role: str, revision: 
         dtype=config.cdr_dtype,
         device=config.cdr_device,
         init_kwargs=config.cdr_model_init_kwargs,  # type: ignore[arg-type]
+        base=base,
         prefix_cache_tokens=config.cdr_prefix_cache_tokens,
         seed=config.cdr_seed,
     )
