@@ -19,6 +19,10 @@ PAIR_OPTIONS = (
     "weak",
     "strong_revision",
     "weak_revision",
+    "strong_adapter",
+    "weak_adapter",
+    "strong_adapter_revision",
+    "weak_adapter_revision",
     "dtype",
     "device",
     "model_init_kwargs",
@@ -77,6 +81,21 @@ class CDRConfig:
     )
     cdr_weak_revision: str | None = field(
         default=None, metadata={"help": "Revision (branch, tag, commit) of the weak model."}
+    )
+    cdr_strong_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter on cdr_strong, its base: a PEFT folder or a name on the Hub. One base is held once."
+        },
+    )
+    cdr_weak_adapter: str | None = field(
+        default=None, metadata={"help": "Adapter on cdr_weak. Default: the base itself."}
+    )
+    cdr_strong_adapter_revision: str | None = field(
+        default=None, metadata={"help": "Revision of the strong model's adapter."}
+    )
+    cdr_weak_adapter_revision: str | None = field(
+        default=None, metadata={"help": "Revision of the weak model's adapter."}
     )
     cdr_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
@@ -190,9 +209,16 @@ class CDRConfig:
             self.cdr_add_special_tokens = "true" if self.cdr_add_special_tokens else "false"
         for name, hint in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
-        for name in ("cdr_strong", "cdr_weak", "cdr_device"):
-            if not getattr(self, name).strip():
+        for name in ("cdr_strong", "cdr_weak", "cdr_strong_adapter", "cdr_weak_adapter", "cdr_device"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ConfigError(f"{name} is empty. Give a name or a path.")
+        for name in ("cdr_strong_adapter", "cdr_weak_adapter"):
+            revision = getattr(self, f"{name}_revision")
+            if revision is not None and getattr(self, name) is None:
+                raise ConfigError(
+                    f"{name}_revision is {revision!r} and {name} is missing. Pass the adapter; of one that stands in "
+                    f"the place of its model the revision is {name.removesuffix('_adapter')}_revision."
+                )
         if not self.cdr_name.isidentifier():
             raise ConfigError(
                 f"cdr_name is {self.cdr_name!r}: it becomes part of a function's name. Use letters, digits and _."

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..errors import ModelError
+from .adapters import attach
 from .checkpoint import identify_weights
 from .forward import Decoder, Job, OwnLogits, Padded, Way
 from .load_check import FAILURES, LoadCheck, ignores_positions, short_windows
@@ -23,6 +24,7 @@ from .loading import load_model, refuse_encoder_decoder
 from .logps import Reduce, logits_per_chunk, token_logps
 from .packed import Packed, attention_windows, why_not_packed
 from .packing import Layout
+from .sources import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +74,9 @@ class CausalLM:
         self._reason = ""
         self._prefix_cache_tokens = prefix_cache_tokens
         self._seed = seed
-        # Of what was loaded: the model itself, to be shared, and which weights they are.
+        # Of what was loaded: the model itself, to be shared, what was put on it, and which weights they are.
         self.base: nn.Module | None = None
+        self.adapter: Adapter | None = None
         self._weights: str | None = None
         # Since a forward ran out of memory: tokens of one, and of a row that is packed.
         self._most_tokens: int | None = None
@@ -89,6 +92,7 @@ class CausalLM:
         dtype: str = "auto",
         device: str = "auto",
         init_kwargs: Mapping[str, Any] | None = None,
+        adapter: Adapter | None = None,
         base: nn.Module | None = None,
         **kwargs: Any,
     ) -> "CausalLM":
@@ -102,17 +106,20 @@ class CausalLM:
             dtype (`str`, *optional*, defaults to `"auto"`): The checkpoint's; float32 on CPU.
             device (`str`, *optional*, defaults to `"auto"`): The process's own device.
             init_kwargs (`Mapping`, *optional*): For `from_pretrained`; wins over all of the above.
-            base (`nn.Module`, *optional*): The same checkpoint, loaded by another's: `base` of that. It is used in
-                place of a second copy.
+            adapter (`Adapter`, *optional*): What is put on the checkpoint.
+            base (`nn.Module`, *optional*): The same checkpoint, loaded by another: `base` of that one. Its weights are
+                used in place of a second copy, and an adapter that the other has is none of this one's.
             **kwargs: The class's.
 
         Raises:
-            ModelError: nothing can be loaded from there, an encoder-decoder, or weights that the checkpoint lacks.
+            ModelError: nothing can be loaded from there, an encoder-decoder, weights that the checkpoint lacks, or an
+                adapter that does not fit it.
+            ConfigError: there is an adapter, and peft is not installed.
         """
         if base is None:
             base = load_model(name, role, revision=revision, dtype=dtype, device=device, init_kwargs=init_kwargs)
-        lm = cls(base, role, **kwargs)
-        lm.base = base
+        lm = cls(base if adapter is None else attach(base, adapter, role), role, **kwargs)
+        lm.base, lm.adapter = base, adapter
         lm._weights = identify_weights(name, role, revision=revision, init_kwargs=init_kwargs)
         return lm
 
@@ -199,6 +206,8 @@ class CausalLM:
         return {
             "name": self.name,
             "weights": self._weights,
+            "adapter": None if self.adapter is None else self.adapter.name,
+            "adapter_weights": None if self.adapter is None else self.adapter.weights,
             "architecture": type(self.model).__name__,
             "parameters": sum(parameter.numel() for parameter in parameters),
             "weights_mb": sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,

@@ -5,7 +5,7 @@ Knows no conversation and no score: `scorer` asks it for two encoders and two mo
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from ..conditioning.criteria import Conditioning
 from ..config import CDRConfig
 from ..errors import ConfigError, ModelError
 from .causal_lm import CausalLM
-from .checkpoint import find_folder, same_weights
 from .encoding import Completion, Encoder, Prompt, Row, Unscorable, fit, own_chat_template, vocabulary_hash
 from .loading import hub_kwargs
 from .logps import Reduce, token_logps
 from .packing import Group, common_prefix
+from .sources import Source, find_source, find_sources, share_base
 
 logger = logging.getLogger(__name__)
 
@@ -234,6 +234,19 @@ def check_sources(
         )
 
 
+def check_adapters(models: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: an adapter is to be put on a model that was passed as an object.
+    """
+    for role, model in models.items():
+        if isinstance(model, nn.Module) and options.get(f"{role}_adapter") is not None:
+            raise ConfigError(
+                f"{role} is a loaded {type(model).__name__}, and {role}_adapter is {options[f'{role}_adapter']!r}: a "
+                "model that you hold is used as it is. Pass its name, or put the adapter on it with peft."
+            )
+
+
 def load_pair(
     config: CDRConfig,
     strong: str | nn.Module,
@@ -254,21 +267,18 @@ def load_pair(
         ConfigError: `cdr_max_length` exceeds a model's positions.
         ModelError: a model or tokenizer can't be loaded or can't serve.
     """
-    revisions = (config.cdr_strong_revision, config.cdr_weak_revision)
-    if strong_tokenizer is None:
-        strong_tokenizer = load_tokenizer(config, str(strong), "strong_tokenizer", revision=revisions[0])
-    if weak_tokenizer is None:
-        weak_tokenizer = load_tokenizer(config, str(weak), "weak_tokenizer", revision=revisions[1])
+    models = {"strong": strong, "weak": weak}
+    sources = _find_sources(config, models)
+    tokenizers = {"strong": strong_tokenizer, "weak": weak_tokenizer}
+    for role, source in sources.items():
+        if tokenizers[role] is None:
+            name, revision = source.tokenizer
+            tokenizers[role] = load_tokenizer(config, name, f"{role}_tokenizer", revision=revision)
     given = _read_template(config.cdr_chat_template)
-    templates = [given or own_chat_template(tokenizer) for tokenizer in (strong_tokenizer, weak_tokenizer)]
-    is_one = _are_one(config, strong, weak)
-    if is_one:
-        logger.warning("strong and weak are both %r: every log-ratio will be 0.", strong)
-    members: list[Member] = []
-    for role, model, tokenizer, revision, template, other in (
-        ("strong", strong, strong_tokenizer, revisions[0], templates[0], templates[1]),
-        ("weak", weak, weak_tokenizer, revisions[1], templates[1], templates[0]),
-    ):
+    templates = [given or own_chat_template(tokenizer) for tokenizer in tokenizers.values()]
+    lms = _load_models(config, models, sources)
+    members = []
+    for (role, tokenizer), template, other in zip(tokenizers.items(), templates, reversed(templates), strict=True):
         encoder = Encoder(
             tokenizer,
             role,
@@ -276,9 +286,8 @@ def load_pair(
             chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
             add_special_tokens=config.cdr_add_special_tokens,
         )
-        lm = _load_model(config, model, role, revision, base=members[0].lm.base if is_one and members else None)
-        _check_embeddings(lm, tokenizer, role)
-        members.append(Member(lm, encoder, _choose_max_length(config, lm, role)))
+        _check_embeddings(lms[role], tokenizer, role)
+        members.append(Member(lms[role], encoder, _choose_max_length(config, lms[role], role)))
     return Pair(*members)
 
 
@@ -303,33 +312,39 @@ def _read_template(path: str | None) -> str | None:
         raise ConfigError(f"cdr_chat_template is {path!r}, which can't be read: {error}. Give a UTF-8 file.") from None
 
 
-def _are_one(config: CDRConfig, strong: str | nn.Module, weak: str | nn.Module) -> bool:
-    """Whether strong and weak are the same weights under names, which may differ."""
-    if isinstance(strong, nn.Module) or isinstance(weak, nn.Module):
-        return False
-    init_kwargs: Any = config.cdr_model_init_kwargs
-    return same_weights(
-        find_folder(str(strong), "strong", revision=config.cdr_strong_revision, init_kwargs=init_kwargs),
-        find_folder(str(weak), "weak", revision=config.cdr_weak_revision, init_kwargs=init_kwargs),
-    )
+def _find_sources(config: CDRConfig, models: dict[str, str | nn.Module]) -> dict[str, Source]:
+    """Where the weights of those come from that are names."""
+    named = [role for role, model in models.items() if not isinstance(model, nn.Module)]
+    return find_sources(config) if len(named) == 2 else {role: find_source(config, role) for role in named}
 
 
-def _load_model(
-    config: CDRConfig, model: str | nn.Module, role: str, revision: str | None, *, base: nn.Module | None
-) -> CausalLM:
-    if isinstance(model, nn.Module):  # the caller may change its weights: nothing of them is kept between calls
-        return CausalLM(model, role, seed=config.cdr_seed)
-    return CausalLM.load(
-        str(model),
-        role,
-        revision=revision,
-        dtype=config.cdr_dtype,
-        device=config.cdr_device,
-        init_kwargs=config.cdr_model_init_kwargs,  # type: ignore[arg-type]
-        base=base,
-        prefix_cache_tokens=config.cdr_prefix_cache_tokens,
-        seed=config.cdr_seed,
-    )
+def _load_models(
+    config: CDRConfig, models: dict[str, str | nn.Module], sources: dict[str, Source]
+) -> dict[str, CausalLM]:
+    """Strong and weak; a base of both is loaded once."""
+    is_shared = len(sources) == 2 and share_base(config, sources)
+    adapters = {source.adapter.weights if source.adapter else None for source in sources.values()}
+    if is_shared and len(adapters) == 1:
+        logger.warning("strong and weak are both %r: every log-ratio will be 0.", models["strong"])
+    lms: dict[str, CausalLM] = {}
+    for role, model in models.items():
+        if isinstance(model, nn.Module):  # the caller may change its weights: nothing of them is kept between calls
+            lms[role] = CausalLM(model, role, seed=config.cdr_seed)
+            continue
+        source = sources[role]
+        lms[role] = CausalLM.load(
+            source.name,
+            role,
+            revision=source.revision,
+            dtype=config.cdr_dtype,
+            device=config.cdr_device,
+            init_kwargs=config.cdr_model_init_kwargs,  # type: ignore[arg-type]
+            adapter=source.adapter,
+            base=lms["strong"].base if is_shared and lms else None,
+            prefix_cache_tokens=config.cdr_prefix_cache_tokens,
+            seed=config.cdr_seed,
+        )
+    return lms
 
 
 def _check_embeddings(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, role: str) -> None:

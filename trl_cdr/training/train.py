@@ -22,6 +22,7 @@ from ..errors import CDRError, ConfigError
 from ..scoring.checkpoint import read_config, weights_mb
 from ..scoring.loading import hub_kwargs
 from ..scoring.pair import load_tokenizer
+from ..scoring.sources import find_sources
 from .callback import CDRCallback
 from .checks import check_domains
 from .prompts import load_prompts
@@ -206,11 +207,9 @@ def find_checkpoint(training_args: Any) -> str | None:
 def _check_models(cdr_args: CDRConfig, policy: str, policy_init_kwargs: Mapping[str, Any]) -> None:
     """Whether models and tokenizers can be found at all, before anything large is loaded."""
     init_kwargs: Any = cdr_args.cdr_model_init_kwargs
-    for role, name, revision in (
-        ("strong", cdr_args.cdr_strong, cdr_args.cdr_strong_revision),
-        ("weak", cdr_args.cdr_weak, cdr_args.cdr_weak_revision),
-    ):
-        read_config(name, f"cdr_{role}", revision=revision, init_kwargs=init_kwargs)
+    for role, source in find_sources(cdr_args).items():
+        read_config(source.name, f"cdr_{role}", revision=source.revision, init_kwargs=init_kwargs)
+        name, revision = source.tokenizer
         load_tokenizer(cdr_args, name, f"the tokenizer of cdr_{role}", revision=revision)
     read_config(policy, "model_name_or_path", init_kwargs=policy_init_kwargs)
 
