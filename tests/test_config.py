@@ -22,6 +22,7 @@ NAMES = {
     "cdr_weak_adapter": None,
     "cdr_strong_adapter_revision": None,
     "cdr_weak_adapter_revision": None,
+    "cdr_share_policy": False,
     "cdr_dtype": "auto",
     "cdr_device": "auto",
     "cdr_model_init_kwargs": None,

@@ -199,6 +199,16 @@ class CausalLM:
             return "row by row", self._reason
         return ("padded" if self._packed is None else "packed"), self._reason
 
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether keys and values are kept for later calls."""
+        return self._packed is not None and self._packed.is_keeping
+
+    def drop_prefixes(self) -> None:
+        """Let go of all keys and values that are kept: the weights have changed."""
+        if self._packed is not None:
+            self._packed.drop()
+
     def describe(self, *, token_budget: int) -> dict[str, Any]:
         """How the model will run, for people. `prefix_mb`: at most; `work_mb`: about, for a forward of the budget."""
         way, reason = self.way()

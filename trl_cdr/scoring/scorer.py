@@ -355,6 +355,15 @@ class DensityRatioScorer:
                 self._policy = tokenizer
                 self._reader = None
 
+    def use_policy(self, policy: nn.Module) -> None:
+        """
+        Say whose base the pair stands on, with `cdr_share_policy`; without it nothing happens.
+
+        Args:
+            policy (`nn.Module`): As the trainer has it, unwrapped; it is neither changed nor kept alive.
+        """
+        self._source.use_policy(policy)
+
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to loaded models, which stay behind."""
         return {**self.__dict__, "_reader": None}

@@ -136,6 +136,11 @@ def train(
             f"eval_strategy is {str(training_args.eval_strategy.value)!r}, and TRL's OnlineDPOTrainer can't evaluate. "
             "Leave it out, or pass trainer=grpo, rloo or online_preference."
         )
+    if cdr_args.cdr_share_policy and not model_args.use_peft:
+        raise ConfigError(
+            "cdr_share_policy is set and use_peft is not: the pair stands on the policy's base, which has to stay as "
+            "it is. Pass use_peft: true, or leave out cdr_share_policy."
+        )
     checkpoint = find_checkpoint(training_args)
     rewards = rewards_for(arguments, training_args=training_args, cdr_args=cdr_args)
     objectives = [reward for reward in rewards if isinstance(reward, CDRReward)]
@@ -149,8 +154,9 @@ def train(
     for reward in objectives:
         check_domains(reward.scorer.router, dict(zip(places, datasets, strict=True)))
 
-    _say(f"loading the pair: strong {_with_size(cdr_args.cdr_strong)}, weak {_with_size(cdr_args.cdr_weak)}")
-    objectives[0].scorer.load()
+    if not cdr_args.cdr_share_policy:  # else it stands on the policy's base, and CDRCallback loads it
+        _say(f"loading the pair: strong {_with_size(cdr_args.cdr_strong)}, weak {_with_size(cdr_args.cdr_weak)}")
+        objectives[0].scorer.load()
     _say(f"loading the policy: {_with_size(policy)}")
     trainer = _make_trainer(arguments, training_args, model_args, rewards, datasets)
     for reward in objectives:
