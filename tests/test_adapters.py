@@ -16,6 +16,7 @@ from trl_cdr.scoring.adapters import fingerprint, storage_bytes, view
 from trl_cdr.scoring.causal_lm import CausalLM
 from trl_cdr.scoring.sources import find_source
 
+pytestmark = pytest.mark.compat
 CRITERIA = Criteria({"quick": DomainCriteria("the quick brown fox is quick and brown, and jumps over a lazy dog " * 2)})
 PROMPTS = [chat("hello world"), chat("hello world"), chat("what is this and that"), chat("the quick " * 9)]
 COMPLETIONS = ["this and that", "brown fox jumps over", "a lazy dog", "hello"]

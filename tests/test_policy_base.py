@@ -15,7 +15,10 @@ from trl_cdr import ConfigError, Criteria, DensityRatioScorer, DomainCriteria, M
 from trl_cdr.scoring.adapters import storage_bytes
 
 # peft 0.21 reads what transformers 5 deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.compat,
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),
+]
 CRITERIA = Criteria({"quick": DomainCriteria("the quick brown fox is quick and brown, and jumps over a lazy dog " * 2)})
 PROMPTS = [chat("hello world"), chat("hello world"), chat("what is this and that"), chat("the quick " * 9)]
 COMPLETIONS = ["this and that", "brown fox jumps over", "a lazy dog", "hello"]

@@ -10,6 +10,7 @@ from lora import save_adapter
 from trl_cdr import CDRConfig, ConfigError, DensityRatioScorer, ModelError
 from trl_cdr.scoring.sources import find_sources, share_base
 
+pytestmark = pytest.mark.compat
 COMMITS = ["0" * 40, "1" * 40, "2" * 40, "3" * 40]
 
 
