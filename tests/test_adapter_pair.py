@@ -38,6 +38,6 @@ def test_a_pair_of_one_base_takes_little_more_than_half(name, request, capsys):
     held = result["weights_mb"]
     with capsys.disabled():
         print(f"\n{name}: {held['adapter']:,.1f} MB, two copies {held['merged']:,.1f}: {result['weights_share']:.3f}")
-        print([f"{case['max_difference']:.1e} nats a token" for case in result["cases"]])
+        print([f"{case['row_difference']:.1e} nats a token" for case in result["cases"]])
     assert result["weights_share"] <= 0.55
-    assert all(case["max_difference"] < 1e-4 for case in result["cases"])
+    assert all(case["row_difference"] <= 1e-5 for case in result["cases"])

@@ -57,6 +57,10 @@ def test_the_public_names_and_defaults():
     [
         ("cdr_strong", 3, r"cdr_strong is 3 \(int\). It takes str"),
         ("cdr_strong", " ", "cdr_strong is empty"),
+        ("cdr_strong_adapter", " ", "cdr_strong_adapter is empty"),
+        ("cdr_share_policy", "yes", r"cdr_share_policy is 'yes' \(str\). It takes bool"),
+        ("cdr_share_policy", 1, r"cdr_share_policy is 1 \(int\). It takes bool"),
+        ("cdr_token_budget", True, r"cdr_token_budget is True \(bool\). It takes int"),
         ("cdr_reduction", "max", "cdr_reduction is 'max'. Use one of: sum, mean"),
         ("cdr_reduction", None, "cdr_reduction is None"),
         ("cdr_dtype", "fp16", "cdr_dtype is 'fp16'. Use one of: auto, float32, bfloat16, float16"),
