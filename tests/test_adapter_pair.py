@@ -8,7 +8,7 @@ from trl_cdr.bench import workloads
 from trl_cdr.bench.adapter_pair import run_adapter_pair
 from trl_cdr.cli import main
 
-SHAPES = [workloads.Shape(40, 2, prompts=2, prompt=20, shortest=3, longest=9), workloads.Shape(0, 1, prompts=1)]
+SHAPES = [workloads.Shape(40, 2, prompts=2, prompt=20, shortest=12, longest=20), workloads.Shape(0, 1, prompts=1)]
 
 
 @pytest.fixture(autouse=True)

@@ -99,8 +99,6 @@ def test_a_prefix_of_other_weights_is_never_used(change, base, adapter):
     else:
         with torch.no_grad():
             policy.get_base_model().model.embed_tokens.weight.mul_(1.5)
-    fresh = shared(policy, base, adapter, criteria=CRITERIA)
-    fresh._source.use_policy(policy)
     after = scorer.score(PROMPTS, COMPLETIONS)
     assert scorer._source.get().weak.lm is lm
     lm.drop_prefixes()

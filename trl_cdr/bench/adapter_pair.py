@@ -106,8 +106,8 @@ def print_adapter_pair(result: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"Weights {held['adapter']:,.0f} MB, merged {held['merged']:,.0f} MB: {result['weights_share']:.3f} of it. MB: "
-        f"peak allocated above them; differ: a row, nats a token, at most. {machine['device']}, {machine['threads']} threads; "
-        f"torch {machine['torch']}, transformers {machine['transformers']}.",
+        f"peak allocated above them; differ: a row, nats a token, at most. {machine['device']}, "
+        f"{machine['threads']} threads; torch {machine['torch']}, transformers {machine['transformers']}.",
         soft_wrap=True,
     )
 

@@ -177,7 +177,7 @@ def _strip(model: Any) -> Any:
 
 def _differs(model: nn.Module, folder: Path) -> str | None:
     """How a model's weights differ from a checkpoint's, told by rows of each; None where they don't."""
-    files = {}
+    files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             files |= dict.fromkeys(file.keys(), path)
