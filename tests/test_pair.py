@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,14 @@ def test_the_generation_configs_end_tokens_count_if_they_are_special(tokenizer):
     ended, cut_off = scorer.score(["hello"] * 2, ["aqa"] * 2, completion_ids=rows)
     assert (ended.finished, ended.n_tokens) == (True, len(ids) + 1)
     assert (cut_off.finished, cut_off.n_tokens) == (False, len(ids))
+
+
+def test_a_path_is_a_name(checkpoints):
+    named = DensityRatioScorer(**checkpoints)
+    by_path = DensityRatioScorer(**{role: Path(folder) for role, folder in checkpoints.items()})
+    assert by_path.config == named.config
+    assert DensityRatioScorer("a", "b", strong_adapter=Path("c")).config.cdr_strong_adapter == "c"
+    assert by_path.score(["hello"], ["a"]) == named.score(["hello"], ["a"])
 
 
 def test_loaded_and_named_models_mix(checkpoints, weak, tokenizer):

@@ -40,7 +40,7 @@ class CausalLM:
     restored after each call. Use [`CausalLM.load`] for a name or a path.
 
     Args:
-        model (`nn.Module`): A decoder with a language-modelling head, from transformers.
+        model (`nn.Module`): A decoder with a language-modelling head, from transformers, or a `PeftModel` around one.
         role (`str`): `"strong"` or `"weak"`, for messages.
         prefix_cache_tokens (`int`, *optional*, defaults to 0): Tokens of constant prefixes whose keys and values are
             kept between calls. Only for weights that nobody changes: optimizers, callbacks and adapters leave no trace

@@ -76,10 +76,14 @@ class DensityRatioScorer:
         share: "DensityRatioScorer | None" = None,
         **options: Any,
     ) -> None:
-        models = {"strong": strong, "weak": weak}
+        models = {
+            role: str(model) if isinstance(model, Path) else model
+            for role, model in (("strong", strong), ("weak", weak))
+        }
+        options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
         tokenizers = {"strong_tokenizer": strong_tokenizer, "weak_tokenizer": weak_tokenizer}
         if share is None:
-            check_sources(strong, weak, strong_tokenizer, weak_tokenizer)
+            check_sources(models["strong"], models["weak"], strong_tokenizer, weak_tokenizer)
             check_adapters(models, options)
             options |= {role: model if isinstance(model, str) else _show(model) for role, model in models.items()}
         else:
