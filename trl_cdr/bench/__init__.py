@@ -5,6 +5,7 @@
     measure      seconds, peak memory, the machine's matrix rate
     run          one workload, measured; the table
     pair_step    the step of a preference loss beside TRL's trainers
+    adapter_pair a base and an adapter on it beside the same pair as two models
 
 Not tests: nothing is asserted, because a machine's speed is no property of the code.
 """
