@@ -38,6 +38,7 @@ NAMES = {
     "cdr_router": None,
     "cdr_num_exemplars": 2,
     "cdr_exemplar_style": "inline",
+    "cdr_offload": "none",
     "cdr_seed": 0,
 }
 

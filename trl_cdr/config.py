@@ -27,6 +27,7 @@ PAIR_OPTIONS = (
     "add_special_tokens",
     "max_length",
     "prefix_cache_tokens",
+    "offload",
 )
 """The options, without prefix, that say what the pair is and how it reads. Scorers that share a pair share these."""
 
@@ -34,6 +35,8 @@ _TYPICALITY = 1.5  # below minus this, in standard deviations per token, a compl
 
 # Of `from_pretrained`: whose machine it is and who asks, not which models.
 _LOCAL_ARGUMENTS = {"token", "cache_dir", "local_files_only"}
+# Of `from_pretrained`: weights under these can't be moved.
+_FIXED_WEIGHTS = ("quantization_config", "load_in_8bit", "load_in_4bit", "device_map")
 # Of `apply_chat_template`, and ours to set.
 _TEMPLATE_ARGUMENTS = {
     "add_generation_prompt",
@@ -178,6 +181,13 @@ class CDRConfig:
             "turns before the conversation."
         },
     )
+    cdr_offload: Literal["none", "cpu", "disk"] = field(
+        default="none",
+        metadata={
+            "help": "Where the pair sleeps between calls, strong and weak awake in turns. none: it stays on its "
+            "device; cpu: in the host's memory; disk: nowhere but in its checkpoint, loaded anew at each call."
+        },
+    )
     cdr_seed: int = field(
         default=0,
         metadata={"help": "Seed of what is drawn: a domain's exemplars, and the tokens of the load-time check."},
@@ -202,6 +212,12 @@ class CDRConfig:
         if self.cdr_prefix_cache_tokens < 0:
             raise ConfigError(
                 f"cdr_prefix_cache_tokens is {self.cdr_prefix_cache_tokens}: it counts tokens. Use 0 or more."
+            )
+        fixed = [name for name in _FIXED_WEIGHTS if name in (self.cdr_model_init_kwargs or {})]
+        if self.cdr_offload != "none" and fixed:
+            raise ConfigError(
+                f"cdr_offload is {self.cdr_offload!r}, and cdr_model_init_kwargs has {fixed[0]!r}: weights that are "
+                "quantised or spread over devices can't be moved. Leave out one of the two."
             )
         if self.cdr_typicality is not None:
             self._read_typicality(self.cdr_typicality)

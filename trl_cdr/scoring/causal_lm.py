@@ -6,7 +6,7 @@ Knows no prompt, no text and no partner: `encoding` makes the rows, `pair` holds
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -76,6 +76,8 @@ class CausalLM:
         # Since a forward ran out of memory: tokens of one, and of a row that is packed.
         self._most_tokens: int | None = None
         self._longest_packed: float = math.inf
+        # Called before the weights are read: they may have been put to sleep; see `offload`.
+        self.wake: Callable[[], None] = _stay_awake
 
     @classmethod
     def load(
@@ -108,6 +110,11 @@ class CausalLM:
         lm = cls(model, role, **kwargs)
         lm._weights = identify_weights(name, role, revision=revision, init_kwargs=init_kwargs)
         return lm
+
+    @property
+    def weights(self) -> str | None:
+        """Which weights were loaded, as `identify_weights` has it; `None` for a module that the caller holds."""
+        return self._weights
 
     @property
     def name(self) -> str:
@@ -153,6 +160,7 @@ class CausalLM:
         Raises:
             ModelError: a single row is too much for the memory.
         """
+        self.wake()
         with self._frozen():
             self._check()
             token_budget = self._budget(token_budget)
@@ -172,18 +180,21 @@ class CausalLM:
 
     def count_tokens(self, layout: Layout, *, token_budget: int) -> int:
         """Tokens that `per_token_logps` would run for these rows, padding included, a prefix that is kept not."""
-        with self._frozen():
-            self._check()
+        self._ensure_checked()
         token_budget = self._budget(token_budget)
         return self._tokens(self._choose(layout, token_budget), layout, token_budget)
 
     def way(self) -> tuple[str, str]:
         """How this model runs rows (`"packed"`, `"padded"` or `"row by row"`), and why not in the way before it."""
-        with self._frozen():
-            self._check()
+        self._ensure_checked()
         if self._padded is None:
             return "row by row", self._reason
         return ("padded" if self._packed is None else "packed"), self._reason
+
+    def rest(self, *, keep: bool) -> None:
+        """Have kept prefixes leave the device: for the host's memory, or for good."""
+        if self._packed is not None:
+            self._packed.rest() if keep else self._packed.drop()
 
     def describe(self, *, token_budget: int) -> dict[str, Any]:
         """How the model will run, for people. `prefix_mb`: at most; `work_mb`: about, for a forward of the budget."""
@@ -321,6 +332,12 @@ class CausalLM:
             for module in training:
                 module.training = True
 
+    def _ensure_checked(self) -> None:
+        if not self._is_checked:
+            self.wake()
+            with self._frozen():
+                self._check()
+
     def _check(self) -> None:
         """Keep the ways that give the model's own log-probabilities on a few short rows."""
         if self._is_checked:
@@ -367,6 +384,10 @@ class CausalLM:
         level = logging.WARNING if name == "row by row" else logging.INFO
         because = f", not in the faster way: {reason}" if reason else ""
         logger.log(level, "%s (%s, %s) runs %s%s.", self._role, self.name, type(self.model).__name__, name, because)
+
+
+def _stay_awake() -> None:
+    """For weights that nobody puts to sleep."""
 
 
 def _text_config(model: nn.Module, role: str) -> PretrainedConfig:

@@ -5,8 +5,10 @@ Knows no conversation and no score: `scorer` asks it for two encoders and two mo
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from ..conditioning.criteria import Conditioning
 from ..config import CDRConfig
 from ..errors import ConfigError, ModelError
 from .causal_lm import CausalLM
+from .checkpoint import read_config
 from .encoding import Completion, Encoder, Prompt, Row, Unscorable, fit, own_chat_template, vocabulary_hash
 from .loading import hub_kwargs
 from .logps import Reduce, token_logps
+from .offload import OnDisk, OnHost, Turns, check_movable, has_own_memory, reload_model
 from .packing import Group, common_prefix
 
 logger = logging.getLogger(__name__)
@@ -162,18 +166,32 @@ class PairSource:
 
     Attributes:
         lock (`RLock`): Held by whoever uses the models.
+        turns (`Turns`): Whose weights are awake, where `cdr_offload` puts them to sleep between calls.
     """
 
     def __init__(self, config: CDRConfig, models: dict[str, Any], tokenizers: dict[str, Any]) -> None:
         self.config = config
         self.lock = threading.RLock()
+        self.turns = Turns()
+        for role, model in models.items():
+            if isinstance(model, nn.Module) and config.cdr_offload != "none":
+                raise ConfigError(
+                    f"offload is {config.cdr_offload!r}, and {role} is a loaded {type(model).__name__}: models that "
+                    "are passed as objects are not moved. Pass its name or path, or leave offload out."
+                )
         self._models = models
         self._tokenizers = tokenizers
         self._pair: Pair | None = None
 
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Keep the models to this thread, for a call at whose end they may go to sleep."""
+        with self.lock, self.turns.call():
+            yield
+
     def get(self) -> Pair:
         """
-        The pair.
+        The pair; asked for within `use`.
 
         Raises:
             ConfigError: a model that was passed as an object did not survive pickling.
@@ -187,7 +205,8 @@ class PairSource:
                             f"{role} was a loaded model, and loaded models are not pickled. Build the scorer or reward "
                             "in the process that uses it, or pass a name or a path."
                         )
-                self._pair = load_pair(self.config, **self._models, **self._tokenizers)
+                self.turns.clear()  # of a pair of which one could not be loaded
+                self._pair = load_pair(self.config, **self._models, **self._tokenizers, turns=self.turns)
             return self._pair
 
     @property
@@ -199,6 +218,7 @@ class PairSource:
         """Let go of the models and of all that is kept for them, an accelerator's cached memory too."""
         with self.lock:
             self._pair = None
+            self.turns.clear()
             clear_device_cache(garbage_collection=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -240,6 +260,7 @@ def load_pair(
     *,
     strong_tokenizer: PreTrainedTokenizerBase | None = None,
     weak_tokenizer: PreTrainedTokenizerBase | None = None,
+    turns: Turns | None = None,
 ) -> Pair:
     """
     Load what is a name, take what is a module, and check that the two can be compared.
@@ -248,9 +269,10 @@ def load_pair(
         config (`CDRConfig`): Revisions, type, device, template and lengths.
         strong, weak (`str` or `nn.Module`): Name, path or loaded model; `check_sources` has passed.
         strong_tokenizer, weak_tokenizer: Loaded tokenizers; each model's own if `None`.
+        turns (`Turns`, *optional*): Who wakes models that `cdr_offload` puts to sleep.
 
     Raises:
-        ConfigError: `cdr_max_length` exceeds a model's positions.
+        ConfigError: `cdr_max_length` exceeds a model's positions, or `cdr_offload` asks for what can't be moved.
         ModelError: a model or tokenizer can't be loaded or can't serve.
     """
     revisions = (config.cdr_strong_revision, config.cdr_weak_revision)
@@ -262,6 +284,7 @@ def load_pair(
         weak_tokenizer = load_tokenizer(config, str(weak), "weak_tokenizer", revision=revisions[1])
     given = _read_template(config.cdr_chat_template)
     templates = [given or own_chat_template(tokenizer) for tokenizer in (strong_tokenizer, weak_tokenizer)]
+    turns = turns or Turns()
     members = []
     for role, model, tokenizer, revision, template, other in (
         ("strong", strong, strong_tokenizer, revisions[0], templates[0], templates[1]),
@@ -274,9 +297,14 @@ def load_pair(
             chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
             add_special_tokens=config.cdr_add_special_tokens,
         )
-        lm = _load_model(config, model, role, revision)
+        lm = _load_model(config, model, role, revision, turns)
         _check_embeddings(lm, tokenizer, role)
         members.append(Member(lm, encoder, _choose_max_length(config, lm, role)))
+    if config.cdr_offload == "cpu" and not has_own_memory(members[0].lm.decoder.device):
+        logger.warning(
+            "cdr_offload is 'cpu', and the pair's device is the CPU: there is nowhere else to go, and it stays awake. "
+            "cdr_offload='disk' lets go of its weights between calls."
+        )
     return Pair(*members)
 
 
@@ -301,19 +329,31 @@ def _read_template(path: str | None) -> str | None:
         raise ConfigError(f"cdr_chat_template is {path!r}, which can't be read: {error}. Give a UTF-8 file.") from None
 
 
-def _load_model(config: CDRConfig, model: str | nn.Module, role: str, revision: str | None) -> CausalLM:
+def _load_model(config: CDRConfig, model: str | nn.Module, role: str, revision: str | None, turns: Turns) -> CausalLM:
     if isinstance(model, nn.Module):  # the caller may change its weights: nothing of them is kept between calls
         return CausalLM(model, role, seed=config.cdr_seed)
-    return CausalLM.load(
-        str(model),
-        role,
-        revision=revision,
-        dtype=config.cdr_dtype,
-        device=config.cdr_device,
-        init_kwargs=config.cdr_model_init_kwargs,  # type: ignore[arg-type]
-        prefix_cache_tokens=config.cdr_prefix_cache_tokens,
-        seed=config.cdr_seed,
-    )
+    name, offload = str(model), config.cdr_offload
+    init_kwargs: Any = config.cdr_model_init_kwargs
+    if offload != "none":
+        check_movable(offload, role, name, read_config(name, role, revision=revision, init_kwargs=init_kwargs))
+        turns.sleep()  # the other one's memory is needed
+    loading = {
+        "revision": revision,
+        "dtype": config.cdr_dtype,
+        "device": config.cdr_device,
+        "init_kwargs": init_kwargs,
+    }
+    lm = CausalLM.load(name, role, **loading, prefix_cache_tokens=config.cdr_prefix_cache_tokens, seed=config.cdr_seed)
+    bed: OnHost | OnDisk
+    if offload == "disk":
+        bed = OnDisk(lm.model, partial(reload_model, name, role, weights=str(lm.weights), **loading))
+    elif offload == "cpu" and has_own_memory(lm.decoder.device):
+        bed = OnHost(lm.model, role)
+    else:
+        return lm
+    turns.add(bed, partial(lm.rest, keep=offload == "cpu"))
+    lm.wake = partial(turns.wake, bed)
+    return lm
 
 
 def _check_embeddings(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, role: str) -> None:

@@ -145,7 +145,7 @@ class DensityRatioScorer:
         ids = None if completion_ids is None else _check_ids(completion_ids)
         if len(prompts) == 0:
             return []
-        with self._source.lock:
+        with self._source.use():
             found = self._route(prompts, domains)
             conditioned, conditionings = self._condition(prompts, found)
             pair, reader = self._load()
@@ -202,7 +202,7 @@ class DensityRatioScorer:
         """As `route`, with the reason where there is no domain; `None` without criteria."""
         if self.router is None:
             return [None] * len(prompts) if domains is None else list(domains)
-        with self._source.lock:  # the router remembers
+        with self._source.use():  # the router remembers
             return self.router.route(prompts, domains, self._score_labels)
 
     def confusion(self, prompts: Sequence[Prompt], domains: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -236,7 +236,7 @@ class DensityRatioScorer:
 
     def _score_labels(self, texts: Sequence[str], labels: Sequence[str]) -> list[list[float] | None]:
         """The strong model's mean log-probability of each label's tokens as the completion of each text, nats."""
-        with self._source.lock:
+        with self._source.use():
             member = self._load()[0].strong
             is_chat = member.encoder.chat_template is not None
             rows: dict[int, list[Row]] = {}
@@ -287,7 +287,7 @@ class DensityRatioScorer:
             ConfigError: a model that was passed as an object did not survive pickling.
             ModelError: a model or tokenizer can't be loaded or can't serve.
         """
-        with self._source.lock:
+        with self._source.use():
             self._load()
 
     def _load(self) -> tuple[Pair, CompletionReader]:
@@ -320,7 +320,7 @@ class DensityRatioScorer:
         Raises:
             ConfigError, ModelError: as `load`.
         """
-        with self._source.lock:
+        with self._source.use():
             pair, _ = self._load()
             return {
                 "strong": pair.strong.describe(token_budget=self.config.cdr_token_budget),
@@ -333,6 +333,14 @@ class DensityRatioScorer:
     def unload(self) -> None:
         """Let go of the pair and of the prefixes kept for it, for all who share it; the next call loads it again."""
         self._source.unload()
+
+    @property
+    def moving_seconds(self) -> float | None:
+        """
+        What this thread has spent on waking the pair and putting it to sleep since the pair was loaded; `None` with
+        `cdr_offload="none"`.
+        """
+        return None if self.config.cdr_offload == "none" else self._source.turns.seconds
 
     def modules(self) -> list[nn.Module]:
         """The models that were passed as objects."""
