@@ -21,7 +21,7 @@ _COMMANDS = {
     "train": "train a policy on the pair's labels: GRPO, RLOO, online DPO, SimPO; from YAML or arguments",
     "score": "score a JSONL file of prompts and completions",
     "bench": "measure what scoring costs, beside the naive way",
-    "doctor": "print versions, and how each model of a pair will run: what a bug report should hold",
+    "doctor": "print versions, how each model of a pair will run and what it takes: what a bug report should hold",
 }
 # Of a trainer's config, of ModelConfig and of ScriptArguments: what `train --help` shows, in this order, and the words
 # for it where theirs say less or other than what holds here.
@@ -238,11 +238,14 @@ def _read_bench(argv: list[str]) -> argparse.Namespace:
 
 def _doctor(argv: list[str]) -> None:
     from .config import CDRConfig
-    from .doctor import examine, print_examination
+    from .doctor import DoctorArguments, examine, print_examination
 
-    groups = (Group("a pair to load and check (without one, versions alone)", CDRConfig),)
-    parsed = _parse("doctor", groups, argv) if argv else (None,)
-    print_examination(examine(parsed[0]))
+    groups = (
+        Group("what to look at", DoctorArguments),
+        Group("a pair to load and check (without one, versions alone)", CDRConfig),
+    )
+    arguments, config = _parse("doctor", groups, argv) if argv else (DoctorArguments(), None)
+    print_examination(examine(config, arguments))
 
 
 def _parse(

@@ -72,7 +72,7 @@ def score_file(arguments: ScoreArguments, config: CDRConfig) -> dict[str, Any]:
             other options, or lines that are no scores.
         ModelError: see `DensityRatioScorer`.
     """
-    rows = _read_rows(Path(arguments.input))
+    rows = read_rows(Path(arguments.input))
     folder = Path(arguments.output_dir)
     scorer = DensityRatioScorer.from_config(config)
     if scorer.router is not None and rows:
@@ -144,7 +144,13 @@ def _score_rows(scorer: DensityRatioScorer, rows: list[dict[str, Any]]) -> list[
     )
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """
+    The rows of a JSONL file, as they stand there.
+
+    Raises:
+        InputError: the file does not exist, or a line is no JSON object with prompt and completion.
+    """
     if not path.is_file():
         raise InputError(f"input is {str(path)!r}, and no such file exists. Give the path of a JSONL file.")
     try:

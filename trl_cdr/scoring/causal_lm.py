@@ -20,8 +20,9 @@ from .checkpoint import identify_weights
 from .forward import Decoder, Job, OwnLogits, Padded, Way
 from .load_check import FAILURES, LoadCheck, ignores_positions, short_windows
 from .loading import load_model, refuse_encoder_decoder
-from .logps import Reduce, logits_per_chunk, token_logps
-from .packed import Packed, attention_windows, why_not_packed
+from .logps import Reduce, token_logps
+from .memory import measured_bytes, prefix_bytes, work_bytes
+from .packed import Packed, why_not_packed
 from .packing import Layout
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class CausalLM:
         self._reason = ""
         self._prefix_cache_tokens = prefix_cache_tokens
         self._seed = seed
+        self._weight_bytes = measured_bytes(model)
         self._weights: str | None = None  # which they are; of modules that the caller holds nobody knows
         # Since a forward ran out of memory: tokens of one, and of a row that is packed.
         self._most_tokens: int | None = None
@@ -199,45 +201,20 @@ class CausalLM:
     def describe(self, *, token_budget: int) -> dict[str, Any]:
         """How the model will run, for people. `prefix_mb`: at most; `work_mb`: about, for a forward of the budget."""
         way, reason = self.way()
-        parameters = list(self.model.parameters())
         return {
             "name": self.name,
             "weights": self._weights,
             "architecture": type(self.model).__name__,
-            "parameters": sum(parameter.numel() for parameter in parameters),
-            "weights_mb": sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,
+            "parameters": self.model.num_parameters(),
+            "weights_mb": self._weight_bytes / 2**20,
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
             "device": str(self.decoder.device),
-            "prefix_mb": self._prefix_cache_tokens * self._kept_values() * self.decoder.dtype.itemsize / 2**20,
-            "work_mb": self._work_bytes(token_budget) / 2**20,
+            "prefix_mb": prefix_bytes(self.decoder, self._packed, self._prefix_cache_tokens) / 2**20,
+            "work_mb": work_bytes(self.decoder, self._packed, token_budget, self._prefix_cache_tokens) / 2**20,
             "attention": self._config._attn_implementation,
             "way": way,
             "reason": reason,
         }
-
-    def _kept_values(self) -> int:
-        """Numbers that the keys and values of a kept token are, over all layers."""
-        if self._packed is None:
-            return 0
-        heads: int = self._config.num_attention_heads
-        size: int = getattr(self._config, "head_dim", None) or self._config.hidden_size // heads
-        kept_heads: int = getattr(self._config, "num_key_value_heads", None) or heads
-        return 2 * int(self._config.num_hidden_layers) * kept_heads * size
-
-    def _work_bytes(self, token_budget: int) -> int:
-        """
-        What a forward needs beside the weights: some hidden states, a layer's inner ones and a chunk of logits; of a
-        pack also its masks, its keys and values, and a copy of those that are kept before it.
-        """
-        tokens, size = self.decoder.batch_tokens(token_budget), self.decoder.dtype.itemsize
-        hidden: int = self._config.hidden_size
-        inner: int = getattr(self._config, "intermediate_size", None) or 4 * hidden
-        work = tokens * (6 * hidden + 3 * inner) * size + 3 * 4 * logits_per_chunk(self.decoder.device)
-        if self._packed is not None:
-            limits = self._packed.limits(token_budget)
-            work += len(attention_windows(self._config)) * limits.entries * (size + 1)  # a boolean one beside each
-            work += (limits.most(0) + self._prefix_cache_tokens) * self._kept_values() * size
-        return work
 
     def _choose(self, layout: Layout, token_budget: int) -> Way:
         """The way that runs fewer tokens. Depends on the rows alone, so that scores do not depend on the cache."""
