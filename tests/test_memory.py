@@ -132,7 +132,9 @@ def test_measured_bytes_count_ties_once_and_what_is_beside_weights():
     expected = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
     assert measured_bytes(model) == expected
     tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-    tied[1].weight = tied[0].weight
+    tied[1].weight = nn.Parameter(tied[0].weight.data)
     assert measured_bytes(tied) == 36
     tied[0].weight.SCB = torch.zeros(3)  # as bitsandbytes keeps its scales
     assert measured_bytes(tied) == 48
+    tied[0].weight.data = torch.zeros(()).expand(3, 3)
+    assert measured_bytes(tied) == 36 + 12 + 4

@@ -182,6 +182,13 @@ def _bench(argv: list[str]) -> None:
         print(json.dumps(steps, indent=2)) if args.json else print_pair_step(steps)
         return
 
+    if args.workload == "memory":
+        from .bench.memory import print_memory_costs, run_memory
+
+        costs = run_memory(args.model, dtype=args.cdr_dtype, attention=args.attention, runs=args.runs)
+        print(json.dumps(costs, indent=2)) if args.json else print_memory_costs(costs)
+        return
+
     from .bench.run import load_pair, print_workload, run_workload
 
     names = None if args.cdr_strong is None else (args.cdr_strong, args.cdr_weak)
@@ -199,10 +206,11 @@ def _read_bench(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="trl-cdr bench", description=_describe("bench"))
     about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
     about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
+    about += "; memory: a pair that stays, or sleeps between calls: peaks, and seconds to wake (with llama-8b on a GPU)"
     about += "; gaming: policies trained on the plain and on gated rewards (hours)"
     about += "; optimum: what a policy converges to, by weighted samples and by training (20 minutes)"
     about += "; real: a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)"
-    choices = [*WORKLOADS, "pair_step", "gaming", "optimum", "real"]
+    choices = [*WORKLOADS, "pair_step", "memory", "gaming", "optimum", "real"]
     parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
     parser.add_argument(
         "--model",
@@ -230,6 +238,8 @@ def _read_bench(argv: list[str]) -> argparse.Namespace:
         return args
     if args.data is not None:
         parser.error("--data goes with --workload real")
+    if args.workload == "memory" and args.cdr_strong is not None:
+        parser.error("--workload memory builds random weights: leave out --cdr_strong and --cdr_weak")
     args.model = args.model or "llama-58m"
     if args.model not in MODELS:
         parser.error(f"--model is {args.model!r}: use one of {', '.join(MODELS)}")

@@ -192,11 +192,14 @@ def advise(ways: Sequence[Holding], current: Holding, memory: int) -> str:
 
 
 def measured_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers that a model holds, what quantisation adds included, ties once."""
+    """
+    Bytes of the parameters and buffers that a model holds: what quantisation adds included, ties once, those that sleep
+    not.
+    """
     found = {}
     for tensor in (*model.parameters(), *model.buffers()):
         for part in _parts(tensor):
-            found[part.device, part.data_ptr()] = part.nbytes
+            found[part.device, part.data_ptr()] = min(part.nbytes, part.untyped_storage().nbytes())
     return sum(found.values())
 
 
