@@ -21,7 +21,6 @@ from .packed import Packed, attention_windows, why_not_packed
 GB = 10**9
 
 LORA_RANK = 16
-_LORA_ITEM = 4  # PEFT keeps adapters in float32
 _INT8_ROW = 4  # bitsandbytes: a scale for each row of a weight, float32
 _NF4_BLOCK = 64  # bitsandbytes: a float32 for each 64 weights of half a byte
 _INT8 = "quantization_config: load_in_8bit"  # in cdr_model_init_kwargs
@@ -69,8 +68,8 @@ class Footprint:
 
     @property
     def lora_bytes(self) -> int:
-        """A LoRA adapter on all these linear layers."""
-        return LORA_RANK * (self.rows + self.columns) * _LORA_ITEM
+        """A LoRA adapter on all these linear layers, in the model's type."""
+        return LORA_RANK * (self.rows + self.columns) * self.itemsize
 
 
 @dataclass(frozen=True)
