@@ -7,7 +7,7 @@ workloads' peaks, and only what is on the device.
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -53,7 +53,7 @@ class _Timed:
         seconds.append(time.perf_counter() - started)
 
 
-def run_memory(model: str, *, dtype: str, attention: str, runs: int = 5, shape: Shape | None = None) -> dict[str, Any]:
+def run_memory(model: str, *, dtype: str, attention: str, runs: int = 5) -> dict[str, Any]:
     """
     Measure a pair that stays, one that sleeps on the host, and one that sleeps on disk.
 
@@ -63,7 +63,6 @@ def run_memory(model: str, *, dtype: str, attention: str, runs: int = 5, shape: 
         dtype (`str`): `"auto"` is float32 on the CPU and bfloat16 on a GPU.
         attention (`str`): Attention implementation.
         runs (`int`, *optional*, defaults to 5): Calls after the first; seconds are their medians.
-        shape (`Shape`, *optional*): The rows. Default: 8 prompts with 8 completions each on a GPU, 2 with 2 on a CPU.
 
     Returns:
         `dict`: `workload`, `machine`, `dtype`, `rows`, `pair_mb` (both models' weights), and `cases`: for each `label`,
@@ -74,37 +73,31 @@ def run_memory(model: str, *, dtype: str, attention: str, runs: int = 5, shape: 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
-    shape = shape or _SHAPES[device]
+    shape = _SHAPES[device]
     build = partial(build_model, model, device=device, dtype=getattr(torch, dtype), attention=attention)
-    cases = []
+    cases: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / role for role in _ROLES]
-        loading = {"dtype": dtype, "device": device, "init_kwargs": {"attn_implementation": attention}}
-        for label, place in (("two copies", None), ("asleep on the host", "cpu"), ("asleep on disk", "disk")):
-            turns, lms, beds = Turns(), [], []
+        loading: dict[str, Any] = {"dtype": dtype, "device": device, "init_kwargs": {"attn_implementation": attention}}
+        for label, place in (("two copies", "none"), ("asleep on the host", "cpu"), ("asleep on disk", "disk")):
+            turns = Turns()
+            lms: list[CausalLM] = []
+            beds: list[_Timed] = []
             for seed, (role, folder) in enumerate(zip(_ROLES, folders, strict=True)):
                 turns.sleep()
-                lm = CausalLM(build(seed=seed), role)
-                lms.append(lm)
-                if place == "disk":
-                    lm.model.save_pretrained(folder)
-                    beds.append(_Timed(OnDisk(lm.model, partial(load_model, str(folder), role, **loading))))
-                elif place == "cpu":
-                    beds.append(_Timed(OnHost(lm.model, role)))
-                if place is not None:
-                    turns.add(beds[-1], partial(lm.rest, keep=True))
-                    lm.wake = partial(turns.wake, beds[-1])
+                lms.append(CausalLM(build(seed=seed), role))
+                if place != "none":
+                    beds.append(_put_to_bed(lms[-1], role, place, folder, turns, loading))
             cases.append({"label": label, **_measure(lms, beds, turns, shape, device=device, runs=runs)})
-            pair_mb = cases[0]["between_mb"]
-            cases[-1]["host_mb"] = pair_mb if place == "cpu" else 0.0
-            del lms, beds, lm, turns
+            cases[-1]["host_mb"] = cases[0]["between_mb"] if place == "cpu" else 0.0
+            del lms, beds, turns
             gc.collect()
     return {
         "workload": "memory",
         "machine": describe_machine(device),
         "dtype": dtype,
         "rows": shape.label,
-        "pair_mb": pair_mb,
+        "pair_mb": cases[0]["between_mb"],
         "cases": cases,
     }
 
@@ -128,6 +121,18 @@ def print_memory_costs(result: dict[str, Any]) -> None:
         f"{machine['torch']}, transformers {machine['transformers']}.",
         soft_wrap=True,
     )
+
+
+def _put_to_bed(lm: CausalLM, role: str, place: str, folder: Path, turns: Turns, loading: Mapping[str, Any]) -> _Timed:
+    """Where a model sleeps from now on; as `pair` does it."""
+    if place == "disk":
+        lm.model.save_pretrained(folder)
+        bed = _Timed(OnDisk(lm.model, partial(load_model, str(folder), role, **loading)))
+    else:
+        bed = _Timed(OnHost(lm.model, role))
+    turns.add(bed, partial(lm.rest, keep=place == "cpu"))
+    lm.wake = partial(turns.wake, bed)
+    return bed
 
 
 def _measure(
