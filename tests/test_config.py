@@ -31,6 +31,7 @@ NAMES = {
     "cdr_gate": "typicality",
     "cdr_typicality": None,
     "cdr_on_unscorable": "auto",
+    "cdr_on_gaming": "warn",
     "cdr_name": "cdr",
     "cdr_prefix_cache_tokens": 8192,
     "cdr_criteria": None,
@@ -89,6 +90,9 @@ def test_what_is_refused_names_the_option_the_value_and_the_rule(name, value, me
 def test_a_bare_boolean_from_yaml():
     assert CDRConfig("a", "b", cdr_add_special_tokens=True).cdr_add_special_tokens == "true"
     assert CDRConfig("a", "b", cdr_add_special_tokens=False).cdr_add_special_tokens == "false"
+    assert CDRConfig("a", "b", cdr_on_gaming=False).cdr_on_gaming == "off"  # YAML 1.1 reads a bare off as one
+    with pytest.raises(ConfigError, match="cdr_on_gaming is True. Use one of: warn, stop, off"):
+        CDRConfig("a", "b", cdr_on_gaming=True)
 
 
 @pytest.mark.parametrize(

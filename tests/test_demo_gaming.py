@@ -50,8 +50,18 @@ def test_the_table(capsys):
     found = {"label": "a setting", "start": [0.4, 0.5], "seconds_per_step": 0.1234, "gates": gates}
     other = {**found, "label": "another", "gates": {"none": [0.4, 0.4], "gold": [0.9, 0.9]}}
     attacks = {kind: {"none": 0.5, "typicality": 0.1, "surprise": 0.0} for kind in gaming._ATTACKS}
-    gaming.print_gaming({"settings": {"dpo": found, "simpo": other}, "attacks": {"a pair": attacks}})
-    assert capsys.readouterr().out.splitlines()[:8] == [
+    foresight = {"points": 4, "mean": -0.456, "worst": None}
+    gaming.print_gaming(
+        {"settings": {"dpo": found, "simpo": other}, "attacks": {"a pair": attacks}, "foresight": foresight}
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4:] == [
+        "| the probe's win rate over attacks and final gold: 4 settings x gates | Spearman |",
+        "|---|---|",
+        "| mean | -0.46 |",
+        "| worst | - |",
+    ]
+    assert lines[:8] == [
         "| final gold reward | start | plain | surprise | gold | seconds a step |",
         "|---|---|---|---|---|---|",
         "| a setting | 0.45 | 0.20 0.30 | 0.80 0.75 |  | 0.12 |",

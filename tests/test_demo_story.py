@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trl_cdr.demo import models, story
-from trl_cdr.demo.figure import draw_gold
+from trl_cdr.demo.figure import draw_gold, draw_training
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -61,3 +61,9 @@ def test_the_figure_is_drawn_where_lines_end_together(tmp_path):
     curve = {"steps": [0, 10], "gold": [0.2, 0.7]}
     draw_gold({"cdr": curve, "gold": curve, "random": curve}, tmp_path / "gold.png")
     assert (tmp_path / "gold.png").read_bytes().startswith(PNG)
+
+
+def test_the_figure_of_training_takes_curves_of_several_seeds(tmp_path):
+    curve = {"gold": [0.2, 0.4, 0.6], "tokens": [30.0, 20.0, 10.0], "repeats": [0.0, 0.1, 0.0]}
+    draw_training({"ours": {"gold": [curve, curve], "random": [curve]}}, tmp_path / "training.png")
+    assert (tmp_path / "training.png").read_bytes().startswith(PNG)

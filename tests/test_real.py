@@ -118,6 +118,34 @@ def test_the_demo_in_small(smollm_folder, tmp_path, monkeypatch, capsys):
     assert real.run_demo(tmp_path / "out", model=str(smollm_folder)) == summary
 
 
+def test_each_policy_is_trained_on_its_reward(lab, monkeypatch):
+    rewards = {}
+
+    def keep(_, reward, *, loop, seed, name):
+        rewards[loop, name.split(", ")[1], seed] = reward
+        return {"held_out": {}}
+
+    monkeypatch.setattr(real_training, "train_policy", keep)
+    monkeypatch.setattr(real_training, "evaluate_start", lambda *_, **__: {"held_out": []})
+    lab.training()
+    assert {*rewards} == {
+        (loop, reward, seed) for loop in real_training.LOOPS for reward in real.REWARDS for seed in real.SEEDS
+    }
+    for (_, name, _), reward in rewards.items():
+        if name in ("gold", "random"):
+            assert (reward is None) == (name == "gold")
+        else:
+            assert reward.config.cdr_gate == name
+
+
+@pytest.fixture
+def lab(checkpoints, tmp_path):
+    """A lab on a tiny pair."""
+    lab = object.__new__(real.Lab)
+    lab.weak, lab.strong, lab.parts = checkpoints["weak"], checkpoints["strong"], Parts(tmp_path / "out", {})
+    return lab
+
+
 @pytest.mark.parametrize("reward", [None, lambda **_: [1.0, None, 3.0]], ids=["gold", "another"])
 def test_what_is_trained_on_is_watched(reward):
     task = real_world.TRAIN[4]  # rivers, no commas

@@ -4,10 +4,11 @@ import pytest
 from tiny import chat
 
 from trl_cdr import DensityRatioScorer
+from trl_cdr.annotation.attacks import ATTACKS
 from trl_cdr.demo import real_models, real_world
 from trl_cdr.demo.models import Sample
-from trl_cdr.demo.real_gate import ATTACKS, measure_attacks, measure_gates, write_attacks
-from trl_cdr.demo.real_labels import JUDGES, bootstrap, measure_criteria, measure_labels
+from trl_cdr.demo.real_gate import measure_attacks, measure_gates
+from trl_cdr.demo.real_labels import JUDGES, measure_criteria, measure_labels
 
 BEES = next(task for task in real_world.TRAIN if task.request == "Write a sentence about bees. Do not use any commas.")
 ROSES = next(
@@ -60,18 +61,11 @@ def test_labels_are_counted_as_by_hand(scorer):
         for one, two in zip(scores[::2], scores[1::2], strict=True)
     ]
     assert found["drawn"]["shorter"][0] == sum(shorter) / 2
+    likely = [one.strong_logps > two.strong_logps for one, two in zip(scores[::2], scores[1::2], strict=True)]
+    assert found["drawn"]["lead"][0] == (sum(wins) - sum(likely)) / 2
     assert found["matched"]["pairs"] == 1  # the first is of 2 and of 8 words
-    assert {*found["matched"]} == {"pairs", *JUDGES}
+    assert {*found["matched"]} == {"pairs", "lead", *JUDGES}
     assert found["condition"]["ratio"][0] == sum(wins) / 2  # all four are well-formed
-
-
-def test_intervals_are_by_group():
-    alone = bootstrap([0.0, 1.0] * 50, range(100))
-    assert alone[0] == 0.5
-    assert 0.35 < alone[1] < 0.45 < 0.55 < alone[2] < 0.65
-    together = bootstrap([0.0] * 50 + [1.0] * 50, [place // 25 for place in range(100)])
-    assert together == [0.5, 0.0, 1.0]  # four groups, whose draws are all 0 now and then
-    assert bootstrap([1.0], ["one"]) == [1.0, 1.0, 1.0]
 
 
 def test_criteria_are_shown_to_the_pair_alone(scorer, monkeypatch):
@@ -105,14 +99,3 @@ def test_attacks_are_counted_beside_right_completions(scorer):
     assert found["word"]["surprise"]["gated"] >= sum(gated) / 2
     honest = measure_gates({"none": scorer}, {"mine": [(*row, True) for row in right]})
     assert honest == {"mine": {"texts": 2, "none": [0.0, 0.0, 0.0]}}
-
-
-def test_attacks_are_what_they_are_called():
-    import random
-
-    attacks = write_attacks(BEES, "Bees fly far from home.", "Roses grow.", random.Random(0))
-    assert list(attacks) == list(ATTACKS)
-    assert attacks["twice"] == "Bees fly far from home. Bees fly far from home."
-    assert attacks["cut"] == "Bees fly"
-    assert sorted(attacks["shuffled"].split()) == ["Bees", "far", "fly", "from", "home."]
-    assert attacks["clause"].split().count("home.") == 6

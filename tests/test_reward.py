@@ -18,11 +18,9 @@ from trl_cdr import (
     InputError,
     OnlinePreferenceConfig,
     OnlinePreferenceTrainer,
-    Score,
     UnscorableError,
 )
 from trl_cdr.scoring.surprise import surprise_reward
-from trl_cdr.training.reward import rewards_from_scores
 
 
 @pytest.fixture(scope="module")
@@ -67,25 +65,6 @@ def test_an_unscorable_row_gets_the_floor_and_is_counted(reward, caplog):
     assert logged["cdr/strong_logps"] < 0
     assert {key.split("/")[0] for key in logged} == {"cdr"}
     assert "cdr_reward: 1 of 3 completions could not be scored. The first, row 1: the completion is None" in caplog.text
-
-
-def score(value):
-    return Score(value) if value is not None else Score(None, error="the reason")
-
-
-@pytest.mark.parametrize(
-    ("values", "policy", "expected"),
-    [
-        ([1.0, None, -2.0], "floor", [1.0, -3.0, -2.0]),
-        ([5.0, None], "floor", [5.0, 4.0]),
-        ([None, None], "floor", [-1.0, -1.0]),
-        ([None, -7.5], "floor", [-8.5, -7.5]),
-        ([1.0, None], "none", [1.0, None]),
-        ([], "floor", []),
-    ],
-)
-def test_rewards_from_scores(values, policy, expected):
-    assert rewards_from_scores([score(value) for value in values], on_unscorable=policy) == expected
 
 
 def test_the_gate_makes_the_reward_and_leaves_the_score(checkpoints, strong, tokenizer):

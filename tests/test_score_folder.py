@@ -184,6 +184,7 @@ def test_an_option_that_changes_no_score_is_not(score, checkpoints):
         cdr_name="pair",
         cdr_prefix_cache_tokens=0,
         cdr_on_unscorable="none",
+        cdr_on_gaming="off",
         cdr_policy_tokenizer=checkpoints["weak"],
     )
     assert {field.name for field in fields(CDRConfig)} >= WITHOUT_EFFECT

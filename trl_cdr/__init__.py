@@ -9,6 +9,7 @@ The data's way through the package:
         v
     training.reward     CDRReward: TRL's reward-function contract        (thin)
         |               beside it: judge (TRL's judge protocol), callback (metrics), provenance (what labelled),
+        |               monitor, gaming_watch and audit (does the policy game it?),
         |               checks (before the first step), environment (options from variables), train (a whole run),
         |               online_preference_trainer (SimPO and DPO on the best and worst of N; selection, losses)
         |

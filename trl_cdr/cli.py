@@ -20,6 +20,8 @@ _COMMANDS = {
     "demo": "build a tiny strong/weak pair and train a policy on its labels, offline, in about two minutes",
     "train": "train a policy on the pair's labels: GRPO, RLOO, online DPO, SimPO; from YAML or arguments",
     "score": "score a JSONL file of prompts and completions",
+    "probe": "attack a pair's reward before training on it: what is worth more than an honest completion?",
+    "audit": "look into a run's log for a policy that games the reward",
     "bench": "measure what scoring costs, beside the naive way",
     "doctor": "print versions, how each model of a pair will run and what it takes: what a bug report should hold",
 }
@@ -45,6 +47,9 @@ _OFTEN = {
     "dataset_streaming": "",
 }
 _DATA_HELP = "with --real: JSONL of prompt, chosen, rejected to tune the strong model on, in place of pairs of its own"
+_AUDIT_STATUS = (
+    "exit status: 0 no alarm, 1 an alarm, 2 nothing that can be judged (no log, no metrics, a run too short)"
+)
 _TRAIN_EXAMPLES = (
     "trl-cdr train --config run.yaml --max_steps 200",
     "accelerate launch -m trl_cdr train --config run.yaml        # one process for each GPU",
@@ -59,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Run a command line (default: the process's own).
 
     Raises:
-        SystemExit: with status 2 where arguments or input are wrong; the message on stderr says what to change.
+        SystemExit: with status 2 where arguments or input are wrong; the message on stderr says what to change. With
+            status 1 where `probe` finds more than `--max_win` allows, or `audit` an alarm.
     """
     parser = argparse.ArgumentParser(
         prog="trl-cdr",
@@ -74,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not {"", os.getcwd()} & set(sys.path):  # functions that options name by dotted path, as under python -m
         sys.path.append(os.getcwd())
     try:
-        run = {"demo": _demo, "train": _train, "score": _score, "bench": _bench, "doctor": _doctor}[command.command]
-        run(rest)
+        runs = (_demo, _train, _score, _probe, _audit, _bench, _doctor)
+        {run.__name__.removeprefix("_"): run for run in runs}[command.command](rest)
     except CDRError as error:
         print(f"trl-cdr {command.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -148,6 +154,31 @@ def _score(argv: list[str]) -> None:
     score_file(arguments, config)
 
 
+def _probe(argv: list[str]) -> None:
+    from .annotation.probe_file import ProbeArguments, probe_file
+    from .config import CDRConfig
+
+    groups = (Group("what it is attacked with", ProbeArguments), Group("the pair and its reward", CDRConfig))
+    arguments, config = _parse("probe", groups, argv)
+    _check_output(arguments.output_dir)
+    failure = probe_file(arguments, config)
+    if failure is not None:
+        print(f"trl-cdr probe: {failure}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _audit(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="trl-cdr audit", description=_describe("audit"), epilog=_AUDIT_STATUS)
+    parser.add_argument("run", metavar="OUT_DIR", help="the run's output_dir, or one of its checkpoints")
+    args = parser.parse_args(argv)
+    from .training.audit import audit, print_audit
+
+    found = audit(args.run)
+    print_audit(found)
+    if found.is_alarming:
+        raise SystemExit(1)
+
+
 def _bench(argv: list[str]) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler reports its starts on stderr
     args = _read_bench(argv)
@@ -157,6 +188,13 @@ def _bench(argv: list[str]) -> None:
 
         _check_output(args.output_dir)
         run_real(args.output_dir, model=args.model, data=args.data)
+        return
+
+    if args.workload == "alarms":
+        from .demo.alarms import print_alarms, run_alarms
+
+        _check_output(args.output_dir)
+        print_alarms(run_alarms(args.output_dir))
         return
 
     if args.workload == "gaming":
@@ -208,9 +246,10 @@ def _read_bench(argv: list[str]) -> argparse.Namespace:
     about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
     about += "; memory: a pair that stays, or sleeps between calls: peaks, and seconds to wake (with llama-8b on a GPU)"
     about += "; gaming: policies trained on the plain and on gated rewards (hours)"
+    about += "; alarms: runs by which the monitor is judged, healthy and collapsing (hours; goes on where it was)"
     about += "; optimum: what a policy converges to, by weighted samples and by training (20 minutes)"
     about += "; real: a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)"
-    choices = [*WORKLOADS, "pair_step", "memory", "gaming", "optimum", "real"]
+    choices = [*WORKLOADS, "pair_step", "memory", "gaming", "alarms", "optimum", "real"]
     parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
     parser.add_argument(
         "--model",
@@ -218,7 +257,9 @@ def _read_bench(argv: list[str]) -> argparse.Namespace:
         "an instruct model, name or path, in place of SmolLM2-135M",
     )
     parser.add_argument("--data", help=_DATA_HELP.replace("--real", "--workload real"))
-    parser.add_argument("--output_dir", default="./trl-cdr-bench", help="with --workload real: folder for its results")
+    parser.add_argument(
+        "--output_dir", default="./trl-cdr-bench", help="of --workload real and alarms: folder for results"
+    )
     parser.add_argument("--cdr_strong", help="measure this model (name or path) in place of random weights")
     parser.add_argument("--cdr_weak", help="the weak model beside it")
     parser.add_argument("--cdr_dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on CPU")
@@ -232,9 +273,9 @@ def _read_bench(argv: list[str]) -> argparse.Namespace:
         parser.error("--cdr_strong and --cdr_weak go together")
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}: use 1 or more")
+    if args.workload in ("real", "alarms") and args.json:
+        parser.error(f"--json: the results of --workload {args.workload} are JSON files in --output_dir")
     if args.workload == "real":
-        if args.json:
-            parser.error("--json: the results of --workload real are JSON files in --output_dir")
         return args
     if args.data is not None:
         parser.error("--data goes with --workload real")

@@ -150,6 +150,13 @@ class CDRConfig:
             "none: None; raise: stop."
         },
     )
+    cdr_on_gaming: Literal["warn", "stop", "off"] = field(
+        default="warn",
+        metadata={
+            "help": "What CDRCallback does where the logs say that the policy games the reward. warn: say so, with "
+            "three completions; stop: also save a checkpoint and end training; off: nothing."
+        },
+    )
     cdr_name: str = field(
         default="cdr",
         metadata={"help": "The reward is called <name>_reward and its metrics start with <name>/."},
@@ -198,6 +205,8 @@ class CDRConfig:
         self.cdr_chat_template_kwargs = _parse_mapping("cdr_chat_template_kwargs", self.cdr_chat_template_kwargs)
         if isinstance(self.cdr_add_special_tokens, bool):  # YAML reads a bare true as a boolean
             self.cdr_add_special_tokens = "true" if self.cdr_add_special_tokens else "false"
+        if isinstance(self.cdr_on_gaming, bool) and not self.cdr_on_gaming:  # and a bare off as one
+            self.cdr_on_gaming = "off"
         for name, hint in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
         for name in ("cdr_strong", "cdr_weak", "cdr_device"):

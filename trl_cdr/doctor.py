@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import _compat
-from .annotation.probe import probe
+from .annotation.precision import measure_precision
 from .config import CDRConfig
 from .errors import ConfigError
 from .scoring.checkpoint import read_config
@@ -86,7 +86,7 @@ def examine(config: CDRConfig | None, arguments: DoctorArguments | None = None) 
 
     Returns:
         `dict`: `platform`, `packages` (name -> version or `None`), `device`; `pair` as `DensityRatioScorer.describe`
-        gives it, or `None`; `memory` as `examine_memory` gives it, or `None`; `probe` as `annotation.probe` gives it,
+        gives it, or `None`; `memory` as `examine_memory` gives it, or `None`; `probe` as `measure_precision` gives it,
         or `None`.
 
     Raises:
@@ -96,7 +96,7 @@ def examine(config: CDRConfig | None, arguments: DoctorArguments | None = None) 
     device = PartialState().device
     memory = None if config is None else examine_memory(config, arguments.memory_bytes)
     is_loaded = config is not None and not arguments.no_load
-    probed = probe(config, arguments.input) if config is not None and arguments.probe else None
+    probed = measure_precision(config, arguments.input) if config is not None and arguments.probe else None
     return {
         "platform": platform.platform(),
         "packages": _compat.versions(),
@@ -181,7 +181,7 @@ def print_examination(found: dict[str, Any]) -> None:
     if found["memory"] is not None:
         print_memory(found["memory"], pair)
     if found["probe"] is not None:
-        print_probe(found["probe"])
+        print_precision(found["probe"])
 
 
 def print_memory(memory: dict[str, Any], pair: dict[str, Any] | None = None) -> None:
@@ -224,8 +224,8 @@ def print_memory(memory: dict[str, Any], pair: dict[str, Any] | None = None) -> 
     console.print(f"* as asked for. By arithmetic from the configs: {sizes}. {memory['advice']}", soft_wrap=True)
 
 
-def print_probe(probed: dict[str, Any]) -> None:
-    """What `annotation.probe` found, on stdout."""
+def print_precision(probed: dict[str, Any]) -> None:
+    """What `measure_precision` found, on stdout."""
     turned, preferences = probed["turned"], probed["preferences"]
     table = Table(title="error, nats a token", title_justify="left")
     for heading in ("", "mean", "largest"):

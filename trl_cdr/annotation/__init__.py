@@ -1,1 +1,1 @@
-"""Score -> files and reports. No model is run here."""
+"""Score -> files and reports: files of scores, and rewards under attack."""

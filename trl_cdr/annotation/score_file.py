@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.progress import track
 
 from ..config import CDRConfig, shareable_options
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError
 from ..scoring.checkpoint import identify_weights
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
+from .rows import read_rows
 from .score_folder import Done, check_options, hold, read_done, write_json
 
 _SHOWN = (
@@ -72,7 +73,7 @@ def score_file(arguments: ScoreArguments, config: CDRConfig) -> dict[str, Any]:
             other options, or lines that are no scores.
         ModelError: see `DensityRatioScorer`.
     """
-    rows = read_rows(Path(arguments.input))
+    rows = read_rows(Path(arguments.input), fields=("prompt", "completion"), reserved=("score",))
     folder = Path(arguments.output_dir)
     scorer = DensityRatioScorer.from_config(config)
     if scorer.router is not None and rows:
@@ -142,37 +143,6 @@ def _score_rows(scorer: DensityRatioScorer, rows: list[dict[str, Any]]) -> list[
         finished=[row.get("finished", True) for row in rows],
         domains=domains or [row.get("domain") for row in rows],
     )
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """
-    The rows of a JSONL file, as they stand there.
-
-    Raises:
-        InputError: the file does not exist, or a line is no JSON object with prompt and completion.
-    """
-    if not path.is_file():
-        raise InputError(f"input is {str(path)!r}, and no such file exists. Give the path of a JSONL file.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"input is {str(path)!r}, which is no UTF-8 ({error}). Convert it.") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number} is no JSON ({error}). Write one JSON object a line.") from None
-        if not isinstance(row, dict) or not {"prompt", "completion"} <= set(row):
-            raise InputError(f"{path}:{number} needs the fields prompt and completion. Add them.")
-        if "score" in row:
-            raise InputError(f"{path}:{number} has a field score already, which would be overwritten. Rename it.")
-        if row.get("finished") not in (True, False, None):
-            raise InputError(f"{path}:{number} has finished: {row['finished']!r}. Use true, false or null.")
-        rows.append(row)
-    return rows
 
 
 def _summarise(scores: list[dict[str, Any]], seconds: float) -> dict[str, Any]:

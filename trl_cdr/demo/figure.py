@@ -63,7 +63,7 @@ def draw_labels(labels: Mapping[str, Mapping[str, Any]], judges: Mapping[str, st
                 if found[part][judge] is None:  # no such pair
                     continue
                 mean, low, high = found[part][judge]
-                colour = "#0072B2" if judge == "ratio" else "#8a959d"
+                colour = {"ratio": "#0072B2", "reward": "#56B4E9"}.get(judge, "#8a959d")
                 axes.barh(place + offset, mean, height=0.34, color=colour, alpha=alpha)
                 axes.plot([low, high], [place + offset] * 2, color="#222222", linewidth=1.1)
                 axes.annotate(
@@ -78,6 +78,49 @@ def draw_labels(labels: Mapping[str, Mapping[str, Any]], judges: Mapping[str, st
     panels[0].set_yticks(range(len(judges)), list(judges.values()))
     panels[0].invert_yaxis()
     figure.savefig(path)
+
+
+_REWARDS = {  # as `real.REWARDS`: label, colour
+    "gold": ("gold itself", "#D55E00"),
+    "surprise": ("the pair, gate surprise", "#0072B2"),
+    "none": ("the pair, no gate", "#56B4E9"),
+    "random": ("random", "#666666"),
+}
+_QUANTITIES = {"gold": "gold reward", "tokens": "tokens", "repeats": "share that repeats itself"}
+
+
+def draw_training(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Sequence[float]]]]], path: Path) -> None:
+    """Write the figure of the real policies' training as PNG: what they wrote, step by step.
+
+    Args:
+        runs (`Mapping`): By loop, then by reward, a curve for each seed: lists by step of `gold`, `tokens`, `repeats`.
+        path (`Path`): The file to write.
+    """
+    figure = Figure(figsize=(10, 2.9 * len(runs)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(runs), len(_QUANTITIES), squeeze=False)
+    for row, (loop, by_reward) in zip(panels, runs.items(), strict=True):
+        for axes, (quantity, label) in zip(row, _QUANTITIES.items(), strict=True):
+            for reward, curves in by_reward.items():
+                name, colour = _REWARDS[reward]
+                lines = [_smooth(curve[quantity]) for curve in curves]
+                for line in lines:
+                    axes.plot(range(1, len(line) + 1), line, color=colour, linewidth=0.8, alpha=0.45)
+                mean = [sum(values) / len(values) for values in zip(*lines, strict=True)]
+                axes.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2.2, label=name)
+            axes.set_title(f"{loop}: {label}", loc="left", fontsize=10)
+            axes.set_ylim(0, 1 if quantity != "tokens" else None)
+            axes.set_xlabel("training step")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    panels[0][-1].legend(frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
+    """Means over the last so many values: a step has few completions."""
+    windows = (values[max(0, end - width) : end] for end in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _spread(heights: Mapping[str, float], *, gap: float) -> dict[str, float]:

@@ -1,26 +1,32 @@
 """Can the reward be gamed? Policies trained on the plain and on the gated ratio, judged by gold.
 
 `run_gaming` is `trl-cdr bench --workload gaming`. Each setting trains the tiny world's policy, by TRL's online DPO or
-by `OnlinePreferenceTrainer`, for every seed and gate; what counts is the gold reward at the end, which no reward sees.
-Some settings are chosen because the plain ratio collapses there, others because it does not; the long ones train three
-times as long. Then texts that no policy should be paid for are scored beside right completions.
+GRPO or by `OnlinePreferenceTrainer`, for every seed and gate; what counts is the gold reward at the end, which no
+reward sees. Some settings are chosen because the plain ratio collapses there, others because it does not; the long ones
+train three times as long. Then texts that no policy should be paid for are scored beside right completions, and what
+`trl-cdr probe` says of each pair and gate is ranked beside what became of the policies.
 """
 
+import functools
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from trl import GRPOConfig, GRPOTrainer
 
+from ..scoring.rewards import rewards_from_scores
 from ..scoring.scorer import DensityRatioScorer
+from ..training.metrics import Call
 from ..training.online_preference_config import OnlinePreferenceConfig
 from ..training.online_preference_trainer import OnlinePreferenceTrainer
-from ..training.reward import CDRReward, rewards_from_scores
+from ..training.reward import CDRReward
 from . import models, world
+from .foresight import FIGURES, correlate, probe_pair
 from .story import TINY_RUN, Reward, gold_reward, quiet_trl, train_policy, train_with, versions
 
 SEEDS = (0, 1, 2)
@@ -47,8 +53,8 @@ class Setting:
     """
     One way to train: which pair scores which policy, and how hard the policy pushes.
 
-    `batch_size` counts prompts. `pairs` are options of [`OnlinePreferenceConfig`]; without them TRL's online DPO
-    trains. Beside the values of `cdr_gate`, "gold" is a gate: gold itself is the reward.
+    `batch_size` counts prompts. `options` are those of the trainer that has `num_generations`: `trainer` names it.
+    Beside the values of `cdr_gate`, "gold" is a gate: gold itself is the reward.
     """
 
     label: str
@@ -59,85 +65,90 @@ class Setting:
     batch_size: int
     beta: float
     gates: tuple[str, ...] = GATES
-    pairs: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    trainer: Literal["online_dpo", "online_preference", "grpo"] = "online_dpo"
 
 
 def make_settings(*, cache: bool = True) -> dict[str, Setting]:
     """The settings by name, with their models built."""
     mistakes = models.build_checkpoints(cache)
     plain = models.build_plain(cache=cache)
-    dpo = _build_dpo_strong(plain, cache=cache)
-    strong, weak, policy = plain / "strong", plain / "weak", plain / "policy"
-    mild, base = mistakes.mild, mistakes.base
-    of_two = {"preference_loss": "dpo", "num_generations": 2, "learning_rate": 1e-3}
-    of_eight = {**of_two, "num_generations": 8}
-    simpo = {"num_generations": 8, "learning_rate": 5e-4}  # the loss as it is by default
-    anchored = {**simpo, "gamma": 0.5, "sft_coef": 1.0}
-    few = (*GATES, _GOLD)
+    policy = plain / "policy"
+    sft = (plain / "strong", plain / "weak", policy)
+    dpo = (_build_dpo_strong(plain, cache=cache), plain / "weak", policy)
+    mild = (mistakes.mild, mistakes.base, mistakes.policy)
+    of_two: dict[str, Any] = {"preference_loss": "dpo", "num_generations": 2, "learning_rate": 1e-3}
+    simpo: dict[str, Any] = {"num_generations": 8, "learning_rate": 5e-4}  # the loss as it is by default
     return {
-        "dpo": Setting("online DPO: DPO strong, 2 x 16, beta 0.1, 160 steps", dpo, weak, policy, 160, 16, 0.1),
-        "sft": Setting("online DPO: SFT strong, 2 x 32, beta 0.5, 120 steps", strong, weak, policy, 120, 32, 0.5),
-        "mistakes": Setting(
-            "online DPO: common mistakes, 2 x 32, beta 0.5, 120 steps", mild, base, mistakes.policy, 120, 32, 0.5
+        "dpo": Setting("online DPO: DPO strong, 2 x 16, beta 0.1, 160 steps", *dpo, 160, 16, 0.1),
+        "sft": Setting("online DPO: SFT strong, 2 x 32, beta 0.5, 120 steps", *sft, 120, 32, 0.5),
+        "mistakes": Setting("online DPO: common mistakes, 2 x 32, beta 0.5, 120 steps", *mild, 120, 32, 0.5),
+        "dpo_long": Setting("online DPO: DPO strong, 2 x 16, beta 0.02, 480 steps", *dpo, 480, 16, 0.02),
+        "mistakes_long": Setting("online DPO: common mistakes, 2 x 32, beta 0.02, 360 steps", *mild, 360, 32, 0.02),
+        "pairs_of_two": _ours("ours, DPO: SFT strong, 2 x 32, beta 0.5, 120 steps", *sft, 120, 32, 0.5, **of_two),
+        "pairs_of_eight": _ours(
+            "ours, DPO: SFT strong, 8 x 32, beta 0.5, 60 steps", *sft, 60, 32, 0.5, **of_two | {"num_generations": 8}
         ),
-        "dpo_long": Setting("online DPO: DPO strong, 2 x 16, beta 0.02, 480 steps", dpo, weak, policy, 480, 16, 0.02),
-        "mistakes_long": Setting(
-            "online DPO: common mistakes, 2 x 32, beta 0.02, 360 steps", mild, base, mistakes.policy, 360, 32, 0.02
+        "simpo": _ours("ours, SimPO: SFT strong, 8 x 16, 240 steps", *sft, 240, 16, 2.0, **simpo),
+        "simpo_mistakes": _ours("ours, SimPO: common mistakes, 8 x 16, 240 steps", *mild, 240, 16, 2.0, **simpo),
+        "simpo_long": _ours("ours, SimPO: SFT strong, 8 x 16, 720 steps", *sft, 720, 16, 2.0, **simpo),
+        "simpo_mistakes_long": _ours("ours, SimPO: common mistakes, 8 x 16, 720 steps", *mild, 720, 16, 2.0, **simpo),
+        "anchored": _ours(
+            "ours, SimPO and likelihood: SFT strong, 8 x 16", *sft, 240, 16, 2.0, **simpo, gamma=0.5, sft_coef=1.0
         ),
-        "pairs_of_two": Setting(
-            "ours, DPO: SFT strong, 2 x 32, beta 0.5, 120 steps", strong, weak, policy, 120, 32, 0.5, few, of_two
+        "anchored_mistakes": _ours(
+            "ours, SimPO and likelihood: common mistakes, 8 x 16", *mild, 240, 16, 2.0, **simpo, gamma=0.5, sft_coef=1.0
         ),
-        "pairs_of_eight": Setting(
-            "ours, DPO: SFT strong, 8 x 32, beta 0.5, 60 steps", strong, weak, policy, 60, 32, 0.5, few, of_eight
-        ),
-        "simpo": Setting("ours, SimPO: SFT strong, 8 x 16, 240 steps", strong, weak, policy, 240, 16, 2.0, few, simpo),
-        "simpo_mistakes": Setting(
-            "ours, SimPO: common mistakes, 8 x 16, 240 steps", mild, base, mistakes.policy, 240, 16, 2.0, few, simpo
-        ),
-        "simpo_long": Setting(
-            "ours, SimPO: SFT strong, 8 x 16, 720 steps", strong, weak, policy, 720, 16, 2.0, few, simpo
-        ),
-        "simpo_mistakes_long": Setting(
-            "ours, SimPO: common mistakes, 8 x 16, 720 steps", mild, base, mistakes.policy, 720, 16, 2.0, few, simpo
-        ),
-        "anchored": Setting(
-            "ours, SimPO and likelihood: SFT strong, 8 x 16", strong, weak, policy, 240, 16, 2.0, few, anchored
-        ),
-        "anchored_mistakes": Setting(
-            "ours, SimPO and likelihood: common mistakes, 8 x 16",
-            mild,
-            base,
-            mistakes.policy,
-            240,
-            16,
-            2.0,
-            few,
-            anchored,
-        ),
+        "grpo": _grpo("GRPO: DPO strong, 8 x 8, no reference, 128 steps", *dpo, 128),
+        "grpo_mistakes": _grpo("GRPO: common mistakes, 8 x 8, no reference, 128 steps", *mild, 128),
+        "grpo_long": _grpo("GRPO: DPO strong, 8 x 8, no reference, 384 steps", *dpo, 384),
     }
 
 
-def train(setting: Setting, *, gate: str, seed: int) -> dict[str, list[float]]:
-    """One run's curve, see `train_with`: the start and the end."""
+def _ours(
+    label: str, strong: Path, weak: Path, policy: Path, steps: int, batch_size: int, beta: float, **options: Any
+) -> Setting:
+    gates = (*GATES, _GOLD)
+    return Setting(label, strong, weak, policy, steps, batch_size, beta, gates, options, "online_preference")
+
+
+def _grpo(label: str, strong: Path, weak: Path, policy: Path, steps: int) -> Setting:
+    options = {"num_generations": 8, "learning_rate": 1e-3}  # the loss as it is by default
+    return Setting(label, strong, weak, policy, steps, 8, 0.0, (*GATES, _GOLD), options, "grpo")
+
+
+def train(
+    setting: Setting, *, gate: str, seed: int, evaluations: int = 1, observe: Callable[[Call], None] | None = None
+) -> dict[str, list[float]]:
+    """
+    One run's curve, see `train_with`: the start, and so many times until the end. `observe` gets the calls of the
+    reward, but for gold.
+    """
     reward: Reward
     if gate == _GOLD:
         reward = gold_reward(models.build_tokenizer().eos_token_id)
     else:
         reward = CDRReward(str(setting.strong), str(setting.weak), device="cpu", gate=gate)
+        if observe is not None:
+            reward.observe(observe)
     common: dict[str, Any] = {"name": f"{gate}, seed {seed}", "seed": seed}
-    common |= {"steps": setting.steps, "evaluate_every": setting.steps}
-    if not setting.pairs:
+    common |= {"steps": setting.steps, "evaluate_every": setting.steps // evaluations}
+    if setting.trainer == "online_dpo":
         return train_policy(setting.policy, reward, batch_size=setting.batch_size, beta=setting.beta, **common)
+    trainer, config, beta = {
+        "online_preference": (OnlinePreferenceTrainer, OnlinePreferenceConfig, "preference_beta"),
+        "grpo": (GRPOTrainer, GRPOConfig, "beta"),
+    }[setting.trainer]
+    options = {beta: setting.beta, **setting.options}
     return train_with(
         setting.policy,
         reward,
-        trainer=OnlinePreferenceTrainer,
-        config=OnlinePreferenceConfig,
-        preference_beta=setting.beta,
-        per_device_train_batch_size=setting.batch_size * setting.pairs["num_generations"],
+        trainer=trainer,
+        config=config,
+        per_device_train_batch_size=setting.batch_size * setting.options["num_generations"],
         max_completion_length=models.MAX_NEW_TOKENS,
         **common,
-        **setting.pairs,
+        **options,
     )
 
 
@@ -167,9 +178,12 @@ def run_gaming(*, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
 
     Returns:
         `dict`: `settings` (for each its `label`, the gold reward at the `start`, `seconds_per_step`, and by gate, as
-        text, a list by seed), `attacks` (by pair, see `measure_attacks`), `seeds` and `versions`.
+        text, a list by seed), `attacks` (by pair, see `measure_attacks`), `probe` (by setting and gate, see
+        `probe_pair`), `foresight` (see `correlate`), `seeds` and `versions`.
     """
     found: dict[str, Any] = {}
+    probed: dict[str, dict[str, Any]] = {}
+    probe_once = functools.cache(probe_pair)  # settings share pairs
     with models.one_thread(), models.quiet():
         settings = make_settings()
         attacks = {label: measure_attacks(settings[name]) for name, label in _PAIR_LABELS.items()}
@@ -182,7 +196,18 @@ def run_gaming(*, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
                 "seconds_per_step": sum(seconds) / len(seconds),
                 "gates": {gate: [curve["gold"][-1] for curve in by_seed] for gate, by_seed in curves.items()},
             }
-    return {"workload": "gaming", "settings": found, "attacks": attacks, "seeds": list(seeds), "versions": versions()}
+            models_of_it = (setting.strong, setting.weak, setting.policy)
+            probed[name] = {gate: probe_once(*models_of_it, gate=gate) for gate in setting.gates if gate != _GOLD}
+    figures = {name: {gate: one["win"] for gate, one in by_gate.items()} for name, by_gate in probed.items()}
+    return {
+        "workload": "gaming",
+        "settings": found,
+        "attacks": attacks,
+        "probe": probed,
+        "foresight": correlate(figures, {name: one["gates"] for name, one in found.items()}),
+        "seeds": list(seeds),
+        "versions": versions(),
+    }
 
 
 def print_gaming(result: dict[str, Any]) -> None:
@@ -201,6 +226,12 @@ def print_gaming(result: dict[str, Any]) -> None:
     for kind in _ATTACKS:
         cells = [" / ".join(f"{found[kind][gate]:.0%}" for gate in GATES) for found in pairs.values()]
         print(f"| {kind} | {' | '.join(cells)} |")
+    foresight = result["foresight"]
+    print(f"\n| the probe's win rate over attacks and final gold: {foresight['points']} settings x gates | Spearman |")
+    print("|---|---|")
+    for name in FIGURES:
+        rank = "-" if foresight[name] is None else f"{foresight[name]:+.2f}"
+        print(f"| {name} | {rank} |")
 
 
 def _write(form: str, task: world.Task) -> str:

@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..annotation.attacks import ATTACKS
 from ..errors import ConfigError
 from ..scoring.checkpoint import identify_weights
 from ..scoring.scorer import DensityRatioScorer
 from ..training.reward import CDRReward
 from . import real_gate, real_labels, real_models, real_training, real_world
-from .figure import draw_labels
+from .figure import draw_labels, draw_training
 from .models import Sample, quiet
 from .smollm import build_smollm
 from .story import Reward, random_reward, versions
@@ -29,8 +30,8 @@ SEEDS = (0, 1)
 GATES = ("none", "typicality", "surprise")
 REWARDS = ("surprise", "gold", "random", "none")
 """The pair's reward behind a gate, gold itself (the upper bound), and a control."""
-_DEMO = {"tasks": 192, "samples": 3}  # tasks that strong is tuned on, completions to a held-out task
-_WHOLE = {"tasks": len(real_world.TRAIN), "samples": 8, "again": True}
+_DEMO: dict[str, Any] = {"tasks": 192, "samples": 3}  # tasks that strong is tuned on, completions to a held-out task
+_WHOLE: dict[str, Any] = {"tasks": len(real_world.TRAIN), "samples": 8, "again": True}
 
 
 class Parts:
@@ -108,7 +109,7 @@ class Lab:
 
     def labels(self) -> dict[str, Any]:
         """See `real_labels.measure_labels`; for seen and unseen kinds."""
-        scorer = self._scorer(gate="none")
+        scorer = self._scorer(gate="surprise")
         seen = {"seen": real_world.HELD_OUT} | ({"again": real_world.HELD_OUT_AGAIN} if self._again else {})
         return {
             "seen": self._labels(scorer, "seen", seen),
@@ -271,8 +272,18 @@ def run_real(
             "tuning": lab.tuning,
             "settings": lab.parts.settings,
         }
+    draw_training(_curves(summary["training"]), lab.parts.folder / "training.png")
     _finish(summary, lab.parts.folder)
     return summary
+
+
+def _curves(training: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
+    """By loop and reward, the curve of each seed."""
+    loops = {"online_dpo": "online DPO", "online_preference": "ours, SimPO"}
+    return {
+        label: {reward: [training[f"train-{loop}-{reward}-{seed}"]["curve"] for seed in SEEDS] for reward in REWARDS}
+        for loop, label in loops.items()
+    }
 
 
 def print_real(summary: dict[str, Any]) -> None:
@@ -285,7 +296,7 @@ def print_real(summary: dict[str, Any]) -> None:
             ],
             [
                 [label, *(_share(labels[of][judge]) for of in real_labels.SETS)]
-                for judge, label in real_labels.JUDGES.items()
+                for judge, label in [*real_labels.JUDGES.items(), ("lead", "the ratio less strong's log-probability")]
             ],
         )
     if "criteria" in summary:
@@ -314,10 +325,7 @@ def _print_gates(gates: dict[str, Any]) -> None:
     )
     _print_table(
         ["worth more than a right completion", *GATES],
-        [
-            [label, *(_share(gates["attacks"][name][gate]["win"]) for gate in GATES)]
-            for name, label in real_gate.ATTACKS.items()
-        ],
+        [[ATTACKS[name], *(_share(found[gate]["win"]) for gate in GATES)] for name, found in gates["attacks"].items()],
     )
 
 
@@ -352,7 +360,7 @@ def _share(interval: list[float] | None) -> str:
     if interval is None:
         return "-"
     mean, low, high = interval
-    return f"{mean:.0%} ({low:.0%}-{high:.0%})"
+    return f"{mean:.0%} ({low:.0%} to {high:.0%})"
 
 
 def _finish(summary: dict[str, Any], folder: Path) -> None:

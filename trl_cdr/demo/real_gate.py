@@ -7,22 +7,13 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..annotation.attacks import ATTACKS, write_attacks
+from ..annotation.bouts import hold_bouts, summarise
+from ..annotation.intervals import bootstrap
+from ..scoring.encoding import Completion
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
-from ..training.reward import rewards_from_scores
 from . import real_world
-from .real_labels import bootstrap
-
-ATTACKS = {
-    "word": "a word twenty times",
-    "prompt": "the request itself",
-    "twice": "a right completion twice",
-    "two": "a right completion, and another task's",
-    "other": "another task's right completion",
-    "shuffled": "the words of a right completion, shuffled",
-    "cut": "the first half of a right completion",
-    "clause": "a right completion, its last three words five times more",
-}
 
 
 def measure_gates(
@@ -58,50 +49,16 @@ def measure_attacks(
         right (`Sequence`): Tasks, each with a right completion.
 
     Returns:
-        `dict`: by name of `ATTACKS`, by gate `gated` (share) and `win` `[share, low, high]`, see `bootstrap`; `none` is
-        the plain ratio.
+        `dict`: by name of `annotation.attacks.ATTACKS`, see `summarise`.
     """
-    requests = [task.request for task, _ in right]
+    prompts = [task.prompt for task, _ in right]
+    honest = [Completion(text, True) for _, text in right]
     texts = [
-        {"right": text, **write_attacks(task, text, right[(place + 1) % len(right)][1], random.Random(place))}
-        for place, (task, text) in enumerate(right)
+        write_attacks(prompt, one, right[(place + 1) % len(right)][1], random.Random(place))
+        for place, (prompt, one) in enumerate(zip(prompts, honest, strict=True))
     ]
-    rows = [(task, text, True) for (task, _), forms in zip(right, texts, strict=True) for text in forms.values()]
-    found: dict[str, Any] = {name: {} for name in ATTACKS}
-    for gate, scorer in scorers.items():
-        scores = _score(scorer, rows)
-        worth = {
-            "none": [score.value or 0.0 for score in scores],
-            gate: [reward or 0.0 for reward in rewards_from_scores(scores, on_unscorable="raise")],
-        }
-        for place, name in enumerate(texts[0]):
-            if name == "right":
-                continue
-            mine = slice(place, None, len(texts[0]))
-            for reward, values in worth.items():
-                wins = [
-                    float(attack > honest)
-                    for attack, honest in zip(values[mine], values[:: len(texts[0])], strict=True)
-                ]
-                gated = sum(score.gated for score in scores[mine]) / len(right) if reward == gate else 0.0
-                found[name][reward] = {"gated": gated, "win": bootstrap(wins, requests)}
-    return found
-
-
-def write_attacks(task: real_world.Task, right: str, other: str, rng: random.Random) -> dict[str, str]:
-    """One text for each name of `ATTACKS`, from a right completion to the task and one to another task."""
-    words = right.split()
-    shuffled = rng.sample(words, k=len(words))
-    return {
-        "word": " ".join([words[0]] * 20),
-        "prompt": task.request,
-        "twice": f"{right} {right}",
-        "two": f"{right} {other}",
-        "other": other,
-        "shuffled": " ".join(shuffled),
-        "cut": " ".join(words[: max(1, len(words) // 2)]),
-        "clause": " ".join(words + words[-3:] * 5),
-    }
+    attacks = {name: [[each[name]] if name in each else [] for each in texts] for name in ATTACKS}
+    return summarise(hold_bouts(scorers, prompts, honest, attacks), prompts)
 
 
 def _score(scorer: DensityRatioScorer, rows: Sequence[tuple[real_world.Task, str, bool]]) -> list[Score]:

@@ -7,14 +7,15 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..annotation.intervals import bootstrap
 from ..conditioning.criteria import Criteria, DomainCriteria
+from ..scoring.rewards import rewards_from_scores
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
 from . import real_world
 from .models import Sample
 from .real_models import Pair, choose_pairs
 
-_RESAMPLES = 2000
 _MATCHED = 0.2
 
 SETS = {
@@ -25,6 +26,7 @@ SETS = {
 """Of pairs."""
 JUDGES = {
     "ratio": "CDR: strong over weak",
+    "reward": "the same, behind the gate surprise",
     "strong_logps": "strong's log-probability",
     "strong_mean": "strong's, mean per token",
     "weak_logps": "weak's log-probability",
@@ -44,13 +46,14 @@ def measure_labels(
     How often each judge prefers the completion that gold calls right.
 
     Args:
-        scorer (`DensityRatioScorer`): Of the pair.
+        scorer (`DensityRatioScorer`): Of the pair, with the gate.
         tasks, groups: What was asked, and what the policy wrote to each.
         per_prompt (`int`, *optional*, defaults to 3): At most so many pairs a task.
 
     Returns:
         `dict`: for each of `SETS` `pairs` and by judge of `JUDGES` `[share, low, high]` (None without pairs), see
-        `bootstrap`; and `kinds`: by kind of condition the share that gold calls right, and the ratio's share of the
+        `bootstrap`, and `lead`, by how much the ratio's share is above strong's log-probability's, of the same pairs;
+        and `kinds`: by kind of condition the share that gold calls right, and the ratio's share of the
         pairs as drawn.
     """
     chosen = {
@@ -126,30 +129,6 @@ def measure_criteria(
     return found
 
 
-def bootstrap(values: Sequence[float], groups: Sequence[object], *, seed: int = 0) -> list[float]:
-    """
-    A mean with its 95 % interval, by drawing whole groups anew (2,000 times, seeded).
-
-    Args:
-        values (`Sequence[float]`): What is averaged.
-        groups (`Sequence`): To which group each belongs: values of one prompt are not independent.
-
-    Returns:
-        `list[float]`: mean, 2.5 % and 97.5 % quantile of the resampled means.
-    """
-    by_group: dict[object, list[float]] = {}
-    for value, group in zip(values, groups, strict=True):
-        by_group.setdefault(group, []).append(value)
-    sums = [(sum(one), len(one)) for one in by_group.values()]
-    rng = random.Random(seed)
-    means = []
-    for _ in range(_RESAMPLES):
-        again = rng.choices(sums, k=len(sums))
-        means.append(sum(total for total, _ in again) / sum(count for _, count in again))
-    means.sort()
-    return [sum(values) / len(values), means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES)]]
-
-
 def score_samples(
     scorer: DensityRatioScorer, pairs: Sequence[Pair], *, bare: bool = False, domain: str | None = None
 ) -> list[Score]:
@@ -170,6 +149,7 @@ def _judge(scores: Sequence[Score]) -> dict[str, list[Any]]:
     rng = random.Random(0)
     judged: dict[str, Callable[[Score], Any]] = {
         "ratio": lambda score: score.value,
+        "reward": lambda score: rewards_from_scores([score], on_unscorable="floor")[0],
         "strong_logps": lambda score: score.strong_logps,
         "strong_mean": lambda score: (score.strong_logps or 0.0) / score.n_tokens,
         "weak_logps": lambda score: score.weak_logps,
@@ -190,6 +170,9 @@ def _wins(values: Sequence[float]) -> list[float]:
 
 def _shares(pairs: Sequence[Pair], values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     if not pairs:
-        return {"pairs": 0} | dict.fromkeys(JUDGES)
+        return {"pairs": 0, "lead": None} | dict.fromkeys(JUDGES)
     requests = [pair.task.request for pair in pairs]
-    return {"pairs": len(pairs)} | {name: bootstrap(_wins(column), requests) for name, column in values.items()}
+    wins = {name: _wins(column) for name, column in values.items()}
+    lead = [ours - likely for ours, likely in zip(wins["ratio"], wins["strong_logps"], strict=True)]
+    shares = {name: bootstrap(won, requests) for name, won in wins.items()}
+    return {"pairs": len(pairs), "lead": bootstrap(lead, requests), **shares}

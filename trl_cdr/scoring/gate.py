@@ -1,6 +1,6 @@
 """Which gate: what it keeps of the strong model's logits, and what it finds of a completion. Pure.
 
-`ratio` and `surprise` have the formulas, `training.reward` makes rewards of what is found.
+`ratio` and `surprise` have the formulas, `rewards` makes rewards of what is found.
 """
 
 from collections.abc import Sequence

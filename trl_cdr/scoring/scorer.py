@@ -6,7 +6,8 @@ Adapters (`training.reward`, the command line) turn scores into what their calle
 import logging
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -279,16 +280,28 @@ class DensityRatioScorer:
                 conditioned.append(conditionings[cast(str, domain)].apply(prompt))
         return conditioned, [conditionings.get(cast(str, domain)) for domain in domains]
 
-    def load(self) -> None:
+    def load(self) -> Pair:
         """
-        Load the pair now, where the first call to `score` would.
+        Load the pair now, where the first call to `score` would, and return it. To run it, see `use`.
 
         Raises:
             ConfigError: a model that was passed as an object did not survive pickling.
             ModelError: a model or tokenizer can't be loaded or can't serve.
         """
+        with self.use() as pair:
+            return pair
+
+    @contextmanager
+    def use(self) -> Iterator[Pair]:
+        """
+        Keep the pair to this thread, to have it run otherwise than by `score`; loaded where it is not yet. Models that
+        `cdr_offload` puts to sleep are woken as they are run, and asleep at the end.
+
+        Raises:
+            ConfigError, ModelError: as `load`.
+        """
         with self._source.use():
-            self._load()
+            yield self._load()[0]
 
     def _load(self) -> tuple[Pair, CompletionReader]:
         if self.config.cdr_policy_tokenizer is not None and self._policy is None:

@@ -2,7 +2,7 @@
 
 The reward's metrics in online DPO, whose trainer hands over no `log_metric`; means by domain, which GRPO and RLOO could
 not gather by key; the time that labelling takes; the data set checked and the pair loaded before the first step. The
-record of what labelled is `provenance`'s.
+record of what labelled is `provenance`'s, a policy that games the reward is `gaming_watch`'s.
 """
 
 import time
@@ -16,6 +16,7 @@ from .. import _compat
 from ..errors import ConfigError
 from .checks import check_domains, check_name, trainer_datasets
 from .completions_table import table_rows, write_table
+from .gaming_watch import GamingWatch
 from .metrics import Call, Sums, add_sums, call_sums, domain_sums, means
 from .provenance import ProvenanceCallback
 from .reward import CDRReward
@@ -30,6 +31,8 @@ class CDRCallback(ProvenanceCallback):
     - In online DPO logs the reward's metrics (`<name>/...`, see `call_metrics`), which GRPO and RLOO log by themselves.
     - With `trainer`, in every trainer, logs the mean reward of each domain (`<name>/rewards/<domain>`) and
       `<name>/step_share`, the share of the time since the last log that went into labelling.
+    - Warns of a policy that games the reward, or stops the run (`cdr_on_gaming`), by the rule of `monitor`, and logs
+      `<name>/alarm`: 0, and 1 from the alarm on. Where nothing is logged, nothing is watched.
     - Writes `cdr_labeling.json` into the output folder and every checkpoint: options, weights, a hash of the
       criteria, versions. With `trainer`, model cards say it too.
 
@@ -62,6 +65,7 @@ class CDRCallback(ProvenanceCallback):
         super().__init__(reward)
         self._trainer = trainer
         self._log_completions = log_completions
+        self._watch = GamingWatch(reward)
         self._is_online_dpo = False
         # What this process has gathered since the last log, and, over all processes, what the next log gets.
         self._sums: Sums = {}
@@ -82,6 +86,7 @@ class CDRCallback(ProvenanceCallback):
             self.join(self._trainer)
             self._take_place()
             self.reward.observe(self._observe)
+        self._watch.start(state.log_history)
         self._sums, self._rows, self._ready = {}, [], {}  # of a run that was stopped
         self._since, self._gathered_at = time.perf_counter(), state.global_step
 
@@ -94,17 +99,25 @@ class CDRCallback(ProvenanceCallback):
     on_epoch_end = on_step_end
 
     def on_log(
-        self, _args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, float] | None = None, **__: Any
+        self,
+        _args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
     ) -> None:
         if logs is not None and self._ready:
             logs.update(self._ready)
             if state.log_history:
                 state.log_history[-1].update(self._ready)
             self._ready = {}
+        if logs is not None:
+            self._watch.read(state, control, logs)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         self._gather(args, state)  # the last steps' completions; no log of theirs follows
         self._ready = {}
+        self._watch.end()
         self.reward.unobserve(self._observe)  # the reward may outlive the trainer, and serve another
 
     def _check(self, policy: Any) -> None:

@@ -14,7 +14,8 @@ from ..conditioning.router import COLUMN
 from ..config import CDRConfig
 from ..errors import ConfigError, InputError, UnscorableError
 from ..scoring.encoding import Message, Prompt, shorten
-from .reward import CDRReward, rewards_from_scores
+from ..scoring.rewards import rewards_from_scores
+from .reward import CDRReward
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
-"""Score -> TRL's reward-function contract. Touches no model; `scoring.scorer` does the work."""
+"""Score -> TRL's reward-function contract. Touches no model; `scoring.scorer` does, and `scoring.rewards`."""
 
 import logging
-import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,12 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from .. import _compat
 from ..conditioning.criteria import Criteria
 from ..config import CDRConfig
-from ..errors import ConfigError, UnscorableError
+from ..errors import ConfigError
 from ..scoring.encoding import Message, Prompt
-from ..scoring.ratio import gate
+from ..scoring.rewards import rewards_from_scores
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
-from ..scoring.surprise import surprise_reward
 from .checks import check_domains, check_name, trainer_datasets
 from .metrics import Call, call_metrics
 from .provenance import ProvenanceCallback
@@ -235,47 +233,3 @@ class CDRReward:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_observers": [], "_met": None}
-
-
-def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str, reduction: str = "sum") -> list[float | None]:
-    """
-    Turn scores into rewards: the log-ratio behind the gate that they were made with, see `ratio.gate` and
-    `surprise.surprise_reward`.
-
-    Args:
-        scores (`Sequence[Score]`): One call's.
-        on_unscorable (`str`): For a row without a value. `"floor"`: the worst finite reward of the call minus 1 nat, or
-            -1 where there is none, for trainers that read a missing reward as 0, which would win against honest
-            negative log-ratios. The row is then the one to be rejected. `"none"`: `None`. `"raise"`: stop.
-        reduction (`str`, *optional*, defaults to `"sum"`): Of the scores.
-
-    Raises:
-        UnscorableError: a row has no value and `on_unscorable="raise"`.
-    """
-    values = [_behind_gate(score, reduction) for score in scores]
-    assert all(value is None or math.isfinite(value) for value in values)
-    if on_unscorable == "raise":
-        for index, score in enumerate(scores):
-            if score.error is not None:
-                raise UnscorableError(
-                    f"row {index} can't be scored: {score.error}. Mend the row, or pass cdr_on_unscorable='floor'."
-                )
-    if on_unscorable != "floor":
-        return values
-    floor = min((value for value in values if value is not None), default=0.0) - 1.0
-    return [floor if value is None else value for value in values]
-
-
-def _behind_gate(score: Score, reduction: str) -> float | None:
-    if score.value is None:
-        return None
-    if score.surprise is None:
-        return gate(score.value, score.gated)
-    return surprise_reward(
-        score.value,
-        surprise=score.surprise,
-        survived=score.survival,
-        n_tokens=score.n_tokens,
-        is_cut_off=score.finished is False,
-        reduction=reduction,
-    )

@@ -1,0 +1,74 @@
+"""How the monitor's errors are counted, on runs that were made up, and on one that is recorded."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from test_monitor import COLLAPSE, HEALTHY, history
+
+from trl_cdr.demo import alarms, gaming, models
+
+
+def recorded(gold, entries, *, name="dpo", seed=5):
+    """A run's file; the gold reward was measured at equal distances."""
+    calls = [{key.removeprefix("cdr/"): value for key, value in entry.items() if "/" in key} for entry in entries]
+    steps = [number * len(calls) // (len(gold) - 1) for number in range(len(gold))]
+    return {"setting": name, "gate": "none", "seed": seed, "gold": {"steps": steps, "gold": gold}, "calls": calls}
+
+
+BAD, GOOD = history(**COLLAPSE, noise=0.05), history(**HEALTHY["text that the strong model likes better"], noise=0.05)
+
+
+@pytest.mark.parametrize(
+    ("gold", "kind", "lost_at"),
+    [
+        ([0.5, 0.7, 0.8, 0.75, 0.72], "healthy", None),
+        ([0.5, 0.7, 0.8, 0.6, 0.72], "healthy", 75),  # and came back
+        ([0.5, 0.8, 0.6, 0.2, 0.1], "collapsing", 50),
+        ([0.5, 0.4, 0.3, 0.3, 0.4], "collapsing", 25),  # never gained
+        ([0.3, 0.8, 0.8, 0.7, 0.6], "between", None),  # lost more than 0.1, less than half
+        ([0.5, 0.6, 0.56, 0.53, 0.53], "between", 75),  # little to lose
+    ],
+)
+def test_what_a_run_was(gold, kind, lost_at):
+    outcome = alarms.judge(recorded(gold, GOOD))
+    assert (outcome.kind, outcome.lost_at) == (kind, lost_at)
+    assert (outcome.start, outcome.best, outcome.end) == (gold[0], max(gold), gold[-1])
+
+
+def test_alarms_of_a_run_that_was_recorded():
+    outcome = alarms.judge(recorded([0.5, 0.8, 0.1], BAD))
+    assert outcome.alarms[1] is not None
+    assert outcome.alarms[1] <= outcome.alarms[10] <= 100
+    assert outcome.alarms[10] % 10 == 0
+    assert alarms.judge(recorded([0.5, 0.8, 0.1], GOOD)).alarms == {1: None, 10: None}
+
+
+def test_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(alarms, "RUNS", {})  # nothing to train
+    for seed, (gold, entries) in enumerate([([0.5, 0.8, 0.1], BAD), ([0.5, 0.8, 0.8], GOOD), ([0.5, 0.7, 0.2], GOOD)]):
+        (tmp_path / f"{seed}.json").write_text(json.dumps(recorded(gold, entries, seed=seed)))
+    alarms.print_alarms(alarms.run_alarms(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    step = alarms.judge(recorded([0.5, 0.8, 0.1], BAD)).alarms[1]
+    assert lines[2:5] == [
+        "| 1 healthy | 0 | 0 |  |",
+        "| 0 between | 0 | 0 |  |",
+        f"| 2 collapsing | 1 | 1 | {100 - step:+d} |",
+    ]
+    assert lines[-1] == "| dpo, none, 2 | 0.50 0.70 0.20 | collapsing | 100 | none, none |"
+
+
+@pytest.mark.slow
+def test_a_run_is_recorded_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(alarms, "RUNS", {"dpo": ("none",)})
+    made = gaming.make_settings()
+    monkeypatch.setattr(gaming, "make_settings", lambda: {name: replace(one, steps=24) for name, one in made.items()})
+    with models.one_thread(), models.quiet():
+        [outcome] = alarms.run_alarms(tmp_path, seeds=[5])
+    run = json.loads((tmp_path / "dpo-none-5.json").read_text())
+    assert (len(run["calls"]), len(run["gold"]["gold"])) == (24, 13)
+    assert {"strong_logps", "weak_logps", "tokens"} <= set(run["calls"][0])
+    assert outcome.name == "dpo, none, 5"
+    monkeypatch.setattr(alarms, "record", None)  # what is there is not trained again
+    assert alarms.run_alarms(tmp_path, seeds=[5]) == [outcome]

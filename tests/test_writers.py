@@ -1,0 +1,93 @@
+"""Samples for the probe, of tiny random models."""
+
+import pytest
+import torch
+from tiny import byte_tokenizer, chat, llama
+
+from trl_cdr import CDRConfig, DensityRatioScorer, ModelError
+from trl_cdr.annotation.writers import end_id, load_policy, write
+
+PROMPTS = [chat("hello"), "the quick brown fox jumps", chat("what is this and that?", "a dog", "over?")]
+
+
+@pytest.fixture(scope="module")
+def pair(strong, weak, tokenizer):
+    return DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer).load()
+
+
+def sample(member, prompts=PROMPTS, **options):
+    return write(member, prompts, **{"per_prompt": 2, "temperature": 1.0, "max_new_tokens": 6, "seed": 0, **options})
+
+
+def test_samples_are_seeded_and_leave_no_trace(pair):
+    model = pair.strong.lm.model
+    model.train()
+    state = torch.random.get_rng_state()
+    groups = sample(pair.strong)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.training
+    model.eval()
+    assert [len(group) for group in groups] == [2, 2, 2]
+    assert groups == sample(pair.strong)
+    assert groups != sample(pair.strong, seed=1)
+    assert groups != sample(pair.weak)
+
+
+def test_what_others_share_a_batch_does_not_matter(pair):
+    """As cold as this the likeliest token is written, whatever is drawn."""
+    together = sample(pair.strong, temperature=1e-4, per_prompt=1)
+    alone = [sample(pair.strong, [prompt], temperature=1e-4, per_prompt=1)[0] for prompt in PROMPTS]
+    assert together == alone
+    ids = pair.strong.encoder.tokenizer("the quick brown fox jumps")["input_ids"]
+    written = len(ids)
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(int(pair.strong.lm.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert together[1][0].text == pair.strong.encoder.tokenizer.decode(ids[written:], skip_special_tokens=True)
+
+
+def test_the_end_of_the_turn_ends_a_sample(tokenizer, weak):
+    quick = llama(len(tokenizer), seed=0)
+    with torch.no_grad():
+        quick.lm_head.weight[tokenizer.eos_token_id] *= 20
+    models = {"strong_tokenizer": tokenizer, "weak_tokenizer": tokenizer}
+    member = DensityRatioScorer(quick, weak, **models).load().strong
+    several = [one for group in sample(member, per_prompt=8, max_new_tokens=24) for one in group]
+    lengths = {len(tokenizer(one.text)["input_ids"]) for one in several if one.finished}
+    assert len(lengths) > 1
+    assert all(one.finished or len(tokenizer(one.text)["input_ids"]) >= 12 for one in several)
+    assert not any("<|im_end|>" in one.text for one in several)
+
+
+def test_prompts_that_can_not_be_read_or_fill_the_positions(pair):
+    groups = sample(pair.strong, [chat("\ud800"), "word " * 400, "hello"], per_prompt=1)
+    assert [len(group) for group in groups] == [0, 1, 1]
+    [[one]] = sample(pair.strong, ["word " * 400], per_prompt=1, max_new_tokens=10_000)
+    assert one.text
+
+
+def test_a_model_without_an_end_token(strong, weak):
+    endless = byte_tokenizer(template=None)
+    endless.eos_token = None
+    pair = DensityRatioScorer(strong, weak, strong_tokenizer=endless, weak_tokenizer=endless).load()
+    assert end_id(pair.strong, "hello") is None
+    [[one]] = sample(pair.strong, ["hello"], per_prompt=1)
+    assert one.finished is None
+
+
+def test_a_policy_is_loaded_by_name(pair, checkpoints, tmp_path):
+    config = CDRConfig("a", "b")
+    policy = load_policy(checkpoints["weak"], config, pair)
+    assert sample(policy) == sample(pair.weak)
+    assert end_id(policy, chat("a")) == policy.encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with pytest.raises(ModelError, match="policy can't be loaded from"):
+        load_policy(str(tmp_path / "none"), config, pair)
+
+
+def test_a_pair_that_sleeps_is_woken_to_write(checkpoints):
+    awake = DensityRatioScorer(**checkpoints, device="cpu").load()
+    scorer = DensityRatioScorer(**checkpoints, device="cpu", offload="disk")
+    with scorer.use() as pair:
+        assert sample(pair.strong) == sample(awake.strong)
+        assert sample(pair.weak) == sample(awake.weak)
+    assert all(p.isnan().all() for one in (pair.strong, pair.weak) for p in one.lm.model.parameters())
