@@ -17,6 +17,7 @@ VERSIONS = {
         "accelerate==1.10.1",
         "datasets==4.7.0",
         "tokenizers==0.22.0",
+        "peft==0.13.2",
         "requests",
     ],
     "trl-1.8": [TORCH, "trl==1.8.0", "requests"],

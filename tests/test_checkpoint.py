@@ -1,12 +1,14 @@
 """What is known of a checkpoint before its weights are loaded."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from transformers import T5Config
 
 from trl_cdr import ModelError
-from trl_cdr.scoring.checkpoint import identify_weights, read_config, weights_mb
+from trl_cdr.scoring.checkpoint import find_folder, identify_weights, read_config, same_weights, weights_mb
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -56,3 +58,29 @@ def test_a_folder_is_its_content(tmp_path):
     (tmp_path / "config.json").rename(tmp_path / "inner" / "config.json")
     inner = identify_weights(str(tmp_path), "strong", init_kwargs={"subfolder": "inner"})
     assert inner == identify_weights(str(tmp_path / "inner"), "strong") not in seen
+
+
+def test_two_folders_with_the_same_weights(tmp_path, checkpoints):
+    strong, weak = (Path(checkpoints[role]) for role in ("strong", "weak"))
+    copied = shutil.copytree(strong, tmp_path / "copy")
+    assert same_weights(strong, strong / ".." / strong.name)
+    assert same_weights(strong, copied)
+    (copied / "tokenizer_config.json").unlink()  # each model has its own
+    assert same_weights(strong, copied)
+    assert not same_weights(strong, weak)
+    (copied / "generation_config.json").write_text('{"eos_token_id": 7}')  # another end
+    assert not same_weights(strong, copied)
+    for folder in (copied, tmp_path / "other"):  # configs alone, as of models that are not downloaded yet
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+    (copied / "generation_config.json").unlink()
+    assert not same_weights(copied, tmp_path / "other")
+
+
+def test_revisions_of_one_commit_are_one_folder(cached, checkpoints):
+    places = {find_folder("some/model", "strong", revision=name, init_kwargs=cached) for name in (None, "main", COMMIT)}
+    assert {place.name for place in places} == {COMMIT}
+    assert len(places) == 1
+    assert find_folder(checkpoints["strong"], "strong") == Path(checkpoints["strong"])

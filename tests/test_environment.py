@@ -21,6 +21,9 @@ def test_types_are_those_of_the_fields():
         "CDR_CHAT_TEMPLATE_KWARGS": '{"enable_thinking": false}',
         "CDR_CRITERIA": "safety+reasoning",
         "CDR_ROUTER": "likelihood",
+        "CDR_STRONG_ADAPTER": "c",
+        "CDR_STRONG_ADAPTER_REVISION": "v2",
+        "CDR_SHARE_POLICY": "true",
         "CDR_MAX_LENGTH": " ",  # empty: not set
         "TRL_CDR_CACHE": "/elsewhere",  # other prefixes are other people's
         "CDROM": "1",
@@ -28,6 +31,9 @@ def test_types_are_those_of_the_fields():
     assert read_environment(environment) == CDRConfig(
         "a",
         "b",
+        cdr_strong_adapter="c",
+        cdr_strong_adapter_revision="v2",
+        cdr_share_policy=True,
         cdr_gate="none",
         cdr_token_budget=512,
         cdr_chat_template_kwargs={"enable_thinking": False},

@@ -1,6 +1,9 @@
 """What is refused before and while a pair is loaded."""
 
+import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +65,14 @@ def test_the_generation_configs_end_tokens_count_if_they_are_special(tokenizer):
     ended, cut_off = scorer.score(["hello"] * 2, ["aqa"] * 2, completion_ids=rows)
     assert (ended.finished, ended.n_tokens) == (True, len(ids) + 1)
     assert (cut_off.finished, cut_off.n_tokens) == (False, len(ids))
+
+
+def test_a_path_is_a_name(checkpoints):
+    named = DensityRatioScorer(**checkpoints)
+    by_path = DensityRatioScorer(**{role: Path(folder) for role, folder in checkpoints.items()})
+    assert by_path.config == named.config
+    assert DensityRatioScorer("a", "b", strong_adapter=Path("c")).config.cdr_strong_adapter == "c"
+    assert by_path.score(["hello"], ["a"]) == named.score(["hello"], ["a"])
 
 
 def test_loaded_and_named_models_mix(checkpoints, weak, tokenizer):
@@ -157,10 +168,32 @@ def test_per_token_ratios_need_a_shared_vocabulary(strong):
     assert same.score(["hello"], ["world"])[0].per_token is not None
 
 
-def test_the_same_name_twice_is_legitimate_and_said(checkpoints, caplog):
-    [score] = DensityRatioScorer(checkpoints["strong"], checkpoints["strong"]).score(["hello"], ["a"])
+@pytest.mark.parametrize("way", ["one name", "a link", "a copy"])
+def test_the_same_weights_twice_are_said_and_loaded_once(way, checkpoints, caplog, tmp_path):
+    other = checkpoints["strong"]
+    if way == "a link":
+        other = str(tmp_path / "link")
+        (tmp_path / "link").symlink_to(checkpoints["strong"])
+    if way == "a copy":
+        other = str(shutil.copytree(checkpoints["strong"], tmp_path / "copy"))
+    scorer = DensityRatioScorer(checkpoints["strong"], other)
+    [score] = scorer.score(["hello"], ["a"])
     assert score.value == 0
     assert "every log-ratio will be 0" in caplog.text
+    pair = scorer._source.get()
+    assert pair.strong.lm.model is pair.weak.lm.model
+
+
+def test_weights_that_differ_in_a_single_number_are_two_models(strong, tokenizer, checkpoints, caplog, tmp_path):
+    """Whatever a digest of some blocks of a large file says."""
+    other = copy.deepcopy(strong)
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1
+    other.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    [score] = DensityRatioScorer(checkpoints["strong"], str(tmp_path)).score(["hello"], ["a"])
+    assert score.value != 0
+    assert "every log-ratio will be 0" not in caplog.text
 
 
 def test_the_policys_tokenizer_is_looked_for_first(tmp_path):

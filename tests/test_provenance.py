@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers.trainer
 from datasets import Dataset
+from lora import save_adapter
 from tiny import TRAINING, chat, llama
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
@@ -22,7 +23,7 @@ from trl_cdr import (
 )
 from trl_cdr.scoring import pair
 from trl_cdr.training.environment import EnvironmentReward
-from trl_cdr.training.provenance import PROVENANCE, labelling_section
+from trl_cdr.training.provenance import PROVENANCE, labelling_section, provenance
 
 pytestmark = [
     pytest.mark.compat,
@@ -227,3 +228,16 @@ def test_a_users_function_that_holds_ours_is_not_ours(tmp_path, reward, tokenize
     trainer.train_dataset = trainer.train_dataset.map(lambda row: row | {"kind": None})  # none can be scored
     trainer.train()
     assert read(tmp_path)["name"] == "cdr_reward"
+
+
+def test_an_adapter_is_recorded_beside_its_base(checkpoints, tmp_path):
+    folder = save_adapter(tmp_path / "tuned", checkpoints["strong"])
+    record = provenance(CDRReward(checkpoints["strong"], checkpoints["strong"], strong_adapter=folder))
+    strong, weak = (record["models"][role] for role in ("strong", "weak"))
+    assert (strong["name"], strong["weights"]) == (weak["name"], weak["weights"])
+    assert (strong["adapter"], weak["adapter"], weak["adapter_weights"]) == (folder, None, None)
+    section = labelling_section([record], trainer="GRPOTrainer", loss=None)
+    assert "| strong | `strong`, sha256 `" in section
+    kind, digest = strong["adapter_weights"].split(" ")
+    assert f", with the adapter `tuned`, {kind} `{digest[:12]}` |" in section
+    assert section.count("adapter") == 1

@@ -8,6 +8,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+from lora import save_adapter
 from tiny import chat, llama
 
 from trl_cdr import CDRConfig, ConfigError
@@ -119,6 +120,16 @@ def test_other_weights_under_the_same_path(role, name, score, pair, tokenizer, o
     with pytest.raises(ConfigError, match=f"holds scores by other weights of {role}: .* was sha256 .* is sha256 "):
         score()
     assert (out / "scores.jsonl").read_bytes() == before
+
+
+def test_another_adapter_under_the_same_path(score, pair, tmp_path, out):
+    adapter = save_adapter(tmp_path / "adapter", pair["strong"])
+    whole = score(ROWS[:4], cdr_strong_adapter=adapter)
+    assert score(ROWS[:4], cdr_strong_adapter=str(shutil.move(adapter, tmp_path / "moved"))).startswith(whole)
+    save_adapter(tmp_path / "moved", pair["strong"], seed=1)
+    for other in ({"cdr_strong_adapter": str(tmp_path / "moved")}, {}):
+        with pytest.raises(ConfigError, match=r"by other weights of strong: .* was sha256 .* with adapter sha256"):
+            score(**other)
 
 
 def test_a_folder_that_was_moved_goes_on(score, pair, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
+from lora import save_adapter
 from safetensors.torch import load_file
 from tiny import TRAINING, answer, chat, llama
 from transformers import Trainer
@@ -207,6 +208,23 @@ def test_lora(name, options, run):
     assert not (folder / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_pair_on_the_policy_s_base(name, options, run, policy, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    pair = {"cdr_strong": save_adapter(tmp_path / "adapter", policy), "cdr_weak": policy, "cdr_share_policy": True}
+    pair |= {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "model_init_kwargs": {"dtype": "float32"}}
+    loaded = []
+    monkeypatch.setattr("trl_cdr.scoring.causal_lm.load_model", lambda *args, **_: loaded.append(args))
+    folder, *_ = run({**options, **TRAINERS[name], "trainer": name, **pair})
+    assert not loaded
+    labelled = json.loads((folder / "cdr_labeling.json").read_text())
+    assert labelled["models"]["strong"]["adapter"] == pair["cdr_strong"]
+    assert labelled["models"]["weak"]["adapter"] is None
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in saved} == {"q_proj", "v_proj"}  # not the pair's, which has all
+
+
 OBJECTIVES = [{"name": "a"}, {"name": "b"}]
 
 
@@ -217,6 +235,10 @@ OBJECTIVES = [{"name": "a"}, {"name": "b"}]
         ({"max_new_tokens": 8}, "unknown arguments: max_new_tokens (of trainer online_dpo, not of grpo)"),
         ({"trainer": "ppo"}, "trainer is 'ppo'. Use one of: grpo, rloo, online_dpo, online_preference"),
         ({"cdr_reduction": "max"}, "cdr_reduction is 'max'"),
+        (
+            {"cdr_share_policy": True},
+            "cdr_share_policy is set and use_peft is not: the pair stands on the policy's base",
+        ),
         ({"num_generations": 3}, "num_generations (3)"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"output_dir": f"{__file__}/out"}, "test_train.py' is no folder that can be written"),
@@ -370,7 +392,7 @@ def test_help_is_what_a_newcomer_reads(capsys, monkeypatch):
     order += ["--output_dir", "--learning_rate", "--model_name_or_path", "--dataset_name", "examples:"]
     assert [printed.index(word) for word in order] == sorted(printed.index(word) for word in order)
     assert printed[printed.index("examples:") :].count("trl-cdr train") + printed.count("-m trl_cdr train") == 3
-    assert len(printed.splitlines()) < 150
+    assert len(printed.splitlines()) < 160
     assert "--adam_beta1" not in printed
     assert max(map(len, printed.splitlines())) <= 100
 

@@ -66,21 +66,19 @@ def llama(vocab_size: int, *, seed: int = 0, positions: int = 256, **config: obj
     """A random two-layer Llama whose predictions are sharp enough that a wrong boundary shows in the score."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=vocab_size,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=positions,
-                initializer_range=0.3,
-                bos_token_id=None,
-                eos_token_id=None,
-                **config,
-            )
-        )
+        defaults = {
+            "vocab_size": vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": positions,
+            "initializer_range": 0.3,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+        model = LlamaForCausalLM(LlamaConfig(**(defaults | config)))
     return model.eval()
 
 

@@ -227,6 +227,15 @@ def _bench(argv: list[str]) -> None:
         print(json.dumps(costs, indent=2)) if args.json else print_memory_costs(costs)
         return
 
+    if args.workload == "adapter_pair":
+        from .bench.adapter_pair import print_adapter_pair, run_adapter_pair
+
+        adapted = run_adapter_pair(
+            args.model, args.cdr_strong, dtype=args.cdr_dtype, attention=args.attention, runs=args.runs
+        )
+        print(json.dumps(adapted, indent=2)) if args.json else print_adapter_pair(adapted)
+        return
+
     from .bench.run import load_pair, print_workload, run_workload
 
     names = None if args.cdr_strong is None else (args.cdr_strong, args.cdr_weak)
@@ -245,11 +254,12 @@ def _read_bench(argv: list[str]) -> argparse.Namespace:
     about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
     about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
     about += "; memory: a pair that stays, or sleeps between calls: peaks, and seconds to wake (with llama-8b on a GPU)"
+    about += "; adapter_pair: a base and an adapter on it, beside the same pair as two models"
     about += "; gaming: policies trained on the plain and on gated rewards (hours)"
     about += "; alarms: runs by which the monitor is judged, healthy and collapsing (hours; goes on where it was)"
     about += "; optimum: what a policy converges to, by weighted samples and by training (20 minutes)"
     about += "; real: a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)"
-    choices = [*WORKLOADS, "pair_step", "memory", "gaming", "alarms", "optimum", "real"]
+    choices = [*WORKLOADS, "pair_step", "adapter_pair", "memory", "gaming", "alarms", "optimum", "real"]
     parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
     parser.add_argument(
         "--model",

@@ -19,6 +19,11 @@ PAIR_OPTIONS = (
     "weak",
     "strong_revision",
     "weak_revision",
+    "strong_adapter",
+    "weak_adapter",
+    "strong_adapter_revision",
+    "weak_adapter_revision",
+    "share_policy",
     "dtype",
     "device",
     "model_init_kwargs",
@@ -80,6 +85,25 @@ class CDRConfig:
     )
     cdr_weak_revision: str | None = field(
         default=None, metadata={"help": "Revision (branch, tag, commit) of the weak model."}
+    )
+    cdr_strong_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter on cdr_strong, its base: a PEFT folder or a name on the Hub. One base is held once."
+        },
+    )
+    cdr_weak_adapter: str | None = field(
+        default=None, metadata={"help": "Adapter on cdr_weak. Default: the base itself."}
+    )
+    cdr_strong_adapter_revision: str | None = field(
+        default=None, metadata={"help": "Revision of the strong model's adapter."}
+    )
+    cdr_weak_adapter_revision: str | None = field(
+        default=None, metadata={"help": "Revision of the weak model's adapter."}
+    )
+    cdr_share_policy: bool = field(
+        default=False,
+        metadata={"help": "The policy trains an adapter on the pair's own base: hold that base once for all three."},
     )
     cdr_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
@@ -209,9 +233,21 @@ class CDRConfig:
             self.cdr_on_gaming = "off"
         for name, hint in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
-        for name in ("cdr_strong", "cdr_weak", "cdr_device"):
-            if not getattr(self, name).strip():
+        for name in ("cdr_strong", "cdr_weak", "cdr_strong_adapter", "cdr_weak_adapter", "cdr_device"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ConfigError(f"{name} is empty. Give a name or a path.")
+        for name in ("cdr_strong_adapter", "cdr_weak_adapter"):
+            revision = getattr(self, f"{name}_revision")
+            if revision is not None and getattr(self, name) is None:
+                raise ConfigError(
+                    f"{name}_revision is {revision!r} and {name} is missing. Pass the adapter; of one that stands in "
+                    f"the place of its model the revision is {name.removesuffix('_adapter')}_revision."
+                )
+        if self.cdr_share_policy and self.cdr_offload != "none":
+            raise ConfigError(
+                f"cdr_share_policy is set and cdr_offload is {self.cdr_offload!r}: the pair stands on weights that the "
+                "policy trains on, and those stay where they are. Leave out one of the two."
+            )
         if not self.cdr_name.isidentifier():
             raise ConfigError(
                 f"cdr_name is {self.cdr_name!r}: it becomes part of a function's name. Use letters, digits and _."
@@ -309,12 +345,13 @@ class CDRConfig:
             args (`TrainingArguments`, *optional*): The trainer's, for what is left at its default: `cdr_seed=0` is its
                 `seed`; `cdr_dtype="auto"` is bfloat16 where the trainer computes in it (`bf16`), the pair sits on the
                 trainer's kind of device and that is no CPU, where "auto" stays float32: bfloat16 is slow there. fp16
-                changes nothing, since the range of float16 is too small for many checkpoints.
+                changes nothing, since the range of float16 is too small for many checkpoints. With
+                `cdr_share_policy` "auto" is the policy's.
         """
         options = {f.name.removeprefix(_PREFIX): getattr(self, f.name) for f in fields(self)}
         if args is not None and self.cdr_seed == CDRConfig.cdr_seed:
             options["seed"] = args.seed
-        if args is not None and self.cdr_dtype == "auto" and args.bf16:
+        if args is not None and self.cdr_dtype == "auto" and args.bf16 and not self.cdr_share_policy:
             device = args.device.type if self.cdr_device == "auto" else self.cdr_device.split(":")[0]
             if device == args.device.type != "cpu":
                 options["dtype"] = "bfloat16"
@@ -370,6 +407,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             raise ConfigError(f"{name} is {value!r}. Use one of: {', '.join(choices)}.")
         return
     kinds = tuple(kind if isinstance(kind, type) else dict for kind in choices) or (hint,)
-    if not isinstance(value, (*kinds, int) if float in kinds else kinds) or isinstance(value, bool):
+    is_bool = isinstance(value, bool)
+    if not isinstance(value, (*kinds, int) if float in kinds else kinds) or is_bool != (hint is bool):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ConfigError(f"{name} is {value!r} ({type(value).__name__}). It takes {wanted}.")

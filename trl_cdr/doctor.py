@@ -24,6 +24,7 @@ from .scoring.checkpoint import read_config
 from .scoring.loading import expected_dtype, find_device
 from .scoring.memory import GB, Footprint, Holding, advise, footprint, holdings
 from .scoring.scorer import DensityRatioScorer
+from .scoring.sources import find_sources, share_base
 
 _UNITS = {"GB": GB, "GiB": 2**30}
 
@@ -90,9 +91,15 @@ def examine(config: CDRConfig | None, arguments: DoctorArguments | None = None) 
         or `None`.
 
     Raises:
+        ConfigError: with `cdr_share_policy` the pair is to be loaded.
         ConfigError, ModelError: as `DensityRatioScorer` and `footprint`.
     """
     arguments = arguments or DoctorArguments()
+    if config is not None and config.cdr_share_policy and not arguments.no_load:
+        raise ConfigError(
+            "cdr_share_policy is set, and doctor has no policy that the pair could stand on. Pass --no_load for its "
+            "memory, or leave out cdr_share_policy to look at the pair beside the policy."
+        )
     device = PartialState().device
     memory = None if config is None else examine_memory(config, arguments.memory_bytes)
     is_loaded = config is not None and not arguments.no_load
@@ -124,10 +131,11 @@ def examine_memory(config: CDRConfig, memory: int | None) -> dict[str, Any]:
     """
     init_kwargs: Mapping[str, Any] = config.cdr_model_init_kwargs or {}  # type: ignore[assignment]
     device = find_device(config.cdr_device)
+    sources = find_sources(config)
+    is_shared = share_base(config, sources)
     prints: dict[str, Footprint] = {}
-    for role in ("strong", "weak"):
-        name, revision = getattr(config, f"cdr_{role}"), getattr(config, f"cdr_{role}_revision")
-        found = read_config(name, role, revision=revision, init_kwargs=init_kwargs)
+    for role, source in sources.items():
+        found = read_config(source.name, role, revision=source.revision, init_kwargs=init_kwargs)
         asked = init_kwargs.get("torch_dtype") or init_kwargs.get("dtype") or config.cdr_dtype
         prints[role] = footprint(
             found,
@@ -137,9 +145,9 @@ def examine_memory(config: CDRConfig, memory: int | None) -> dict[str, Any]:
             token_budget=config.cdr_token_budget,
             prefix_tokens=0 if config.cdr_criteria is None else config.cdr_prefix_cache_tokens,
         )
-    ways = holdings(prints["strong"], prints["weak"])
+    ways = holdings(prints["strong"], prints["weak"], is_shared=is_shared)
     memory = _total_memory(device) if memory is None else memory
-    current = _current(config, ways)
+    current = _current(config, ways, is_shared=is_shared)
     return {
         **{role: asdict(each) for role, each in prints.items()},
         "device": str(device),
@@ -243,12 +251,14 @@ def print_precision(probed: dict[str, Any]) -> None:
     )
 
 
-def _current(config: CDRConfig, ways: list[Holding]) -> Holding:
-    """The way that the options ask for."""
+def _current(config: CDRConfig, ways: list[Holding], *, is_shared: bool) -> Holding:
+    """The way that the options ask for; `is_shared`: strong and weak stand on the same base."""
     kwargs: Mapping[str, Any] = config.cdr_model_init_kwargs or {}  # type: ignore[assignment]
     quantization = kwargs.get("quantization_config") or {}
     asked = quantization if isinstance(quantization, Mapping) else vars(quantization)
-    option = "the default"
+    option = "cdr_strong_adapter" if is_shared else "the default"
+    if is_shared and config.cdr_share_policy:
+        option = "cdr_share_policy"
     if config.cdr_offload != "none":
         option = f"cdr_offload={config.cdr_offload}"
     for bits in ("8bit", "4bit"):
@@ -258,9 +268,11 @@ def _current(config: CDRConfig, ways: list[Holding]) -> Holding:
 
 
 def _measured(pair: dict[str, Any], name: str) -> float:
-    """Bytes of the weights that are on the device at a time."""
-    sizes = [pair[role]["weights_mb"] * 2**20 for role in ("strong", "weak")]
-    return float(max(sizes) if name.startswith("asleep") else sum(sizes))
+    """Bytes of weights that are on the device at a time; what strong and weak share counts once, and wakes whole."""
+    sizes = [pair[role]["weights_mb"] for role in ("strong", "weak")]
+    is_shared = pair["weights_mb"] < sum(sizes)
+    most = max(sizes) if name.startswith("asleep") and not is_shared else pair["weights_mb"]
+    return float(most) * 2**20
 
 
 def _total_memory(device: torch.device) -> int:

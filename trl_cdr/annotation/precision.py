@@ -20,6 +20,7 @@ from ..scoring.encoding import Prompt
 from ..scoring.loading import expected_dtype, find_device
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
+from ..scoring.sources import find_sources
 from .precision_rows import ROWS
 from .rows import read_rows
 
@@ -68,13 +69,12 @@ def full_precision(config: CDRConfig) -> CDRConfig:
     kwargs: Mapping[str, Any] = config.cdr_model_init_kwargs or {}  # type: ignore[assignment]
     device = find_device(config.cdr_device)
     types = set()
-    for role in ("strong", "weak"):
-        name, revision = getattr(config, f"cdr_{role}"), getattr(config, f"cdr_{role}_revision")
-        found = read_config(name, role, revision=revision, init_kwargs=kwargs)
+    for role, source in find_sources(config).items():
+        found = read_config(source.name, role, revision=source.revision, init_kwargs=kwargs)
         if getattr(found, "quantization_config", None) is not None:
             raise ConfigError(
-                f"--probe compares with full precision, and {role} ({name}) is stored quantised. Leave it out, or pass "
-                "the checkpoint that it was made of, with quantization_config in cdr_model_init_kwargs."
+                f"--probe compares with full precision, and {role} ({source.name}) is stored quantised. Leave it out, "
+                "or pass the checkpoint that it was made of, with quantization_config in cdr_model_init_kwargs."
             )
         types.add(kwargs.get("dtype") or expected_dtype(found, config.cdr_dtype, device))
     if "quantization_config" in kwargs:

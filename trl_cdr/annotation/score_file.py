@@ -17,9 +17,9 @@ from rich.progress import track
 
 from ..config import CDRConfig, shareable_options
 from ..errors import ConfigError
-from ..scoring.checkpoint import identify_weights
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
+from ..scoring.sources import find_sources
 from .rows import read_rows
 from .score_folder import Done, check_options, hold, read_done, write_json
 
@@ -102,12 +102,10 @@ def _read_options(scorer: DensityRatioScorer) -> dict[str, Any]:
     template = config.cdr_chat_template
     return {
         **shareable_options(config),
-        "strong_weights": identify_weights(
-            config.cdr_strong, "strong", revision=config.cdr_strong_revision, init_kwargs=init_kwargs
-        ),
-        "weak_weights": identify_weights(
-            config.cdr_weak, "weak", revision=config.cdr_weak_revision, init_kwargs=init_kwargs
-        ),
+        **{
+            f"{role}_weights": source.identify(role, init_kwargs=init_kwargs)
+            for role, source in find_sources(config).items()
+        },
         "criteria_sha256": None if scorer.criteria is None else scorer.criteria.digest,
         "chat_template_sha256": None if template is None else hashlib.sha256(Path(template).read_bytes()).hexdigest(),
     }

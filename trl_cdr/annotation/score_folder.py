@@ -21,7 +21,12 @@ _ELSEWHERE = "Pass another output_dir, or remove this one."
 
 # Options under which an earlier run's scores stay valid. Whatever is not named here has to be the same.
 WITHOUT_EFFECT = {
-    *("cdr_strong", "cdr_weak", "cdr_strong_revision", "cdr_weak_revision"),  # the weights themselves are compared
+    # The weights themselves are compared, an adapter's too.
+    *(
+        f"cdr_{role}{part}"
+        for role in ("strong", "weak")
+        for part in ("", "_revision", "_adapter", "_adapter_revision")
+    ),
     *("cdr_criteria", "cdr_chat_template"),  # paths, whose contents are compared
     "cdr_dtype",  # "auto" is not the same everywhere: the types in force are compared
     *("cdr_device", "cdr_token_budget", "cdr_prefix_cache_tokens"),  # where, and in what portions: rounding

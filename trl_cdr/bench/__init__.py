@@ -6,6 +6,7 @@
     run          one workload, measured; the table
     memory       a pair that stays on its device, or sleeps between calls
     pair_step    the step of a preference loss beside TRL's trainers
+    adapter_pair a base and an adapter on it beside the same pair as two models
 
 Not tests: nothing is asserted, because a machine's speed is no property of the code.
 """

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..errors import ModelError
+from .adapters import attach
 from .checkpoint import identify_weights
 from .forward import Decoder, Job, OwnLogits, Padded, Way
 from .load_check import FAILURES, LoadCheck, ignores_positions, short_windows
 from .loading import load_model, refuse_encoder_decoder
 from .logps import Reduce, token_logps
-from .memory import measured_bytes, prefix_bytes, work_bytes
+from .memory import prefix_bytes, weight_bytes, work_bytes
 from .packed import Packed, why_not_packed
 from .packing import Layout
+from .sources import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class CausalLM:
     restored after each call. Use [`CausalLM.load`] for a name or a path.
 
     Args:
-        model (`nn.Module`): A decoder with a language-modelling head, from transformers.
+        model (`nn.Module`): A decoder with a language-modelling head, from transformers, or a `PeftModel` around one.
         role (`str`): `"strong"` or `"weak"`, for messages.
         prefix_cache_tokens (`int`, *optional*, defaults to 0): Tokens of constant prefixes whose keys and values are
             kept between calls. Only for weights that nobody changes: optimizers, callbacks and adapters leave no trace
@@ -73,8 +75,10 @@ class CausalLM:
         self._reason = ""
         self._prefix_cache_tokens = prefix_cache_tokens
         self._seed = seed
-        self._weight_bytes = measured_bytes(model)
-        self._weights: str | None = None  # which they are; of modules that the caller holds nobody knows
+        # Of what was loaded: the model itself, to be shared, what was put on it, and which weights they are.
+        self.base: nn.Module | None = None
+        self.adapter: Adapter | None = None
+        self._weights: str | None = None
         # Since a forward ran out of memory: tokens of one, and of a row that is packed.
         self._most_tokens: int | None = None
         self._longest_packed: float = math.inf
@@ -91,6 +95,8 @@ class CausalLM:
         dtype: str = "auto",
         device: str = "auto",
         init_kwargs: Mapping[str, Any] | None = None,
+        adapter: Adapter | None = None,
+        base: nn.Module | None = None,
         **kwargs: Any,
     ) -> "CausalLM":
         """
@@ -103,13 +109,20 @@ class CausalLM:
             dtype (`str`, *optional*, defaults to `"auto"`): The checkpoint's; float32 on CPU.
             device (`str`, *optional*, defaults to `"auto"`): The process's own device.
             init_kwargs (`Mapping`, *optional*): For `from_pretrained`; wins over all of the above.
+            adapter (`Adapter`, *optional*): What is put on the checkpoint.
+            base (`nn.Module`, *optional*): The same checkpoint, loaded by another: `base` of that one. Its weights are
+                used in place of a second copy, and an adapter that the other has is none of this one's.
             **kwargs: The class's.
 
         Raises:
-            ModelError: nothing can be loaded from there, an encoder-decoder, or weights that the checkpoint lacks.
+            ModelError: nothing can be loaded from there, an encoder-decoder, weights that the checkpoint lacks, or an
+                adapter that does not fit it.
+            ConfigError: there is an adapter, and peft is not installed.
         """
-        model = load_model(name, role, revision=revision, dtype=dtype, device=device, init_kwargs=init_kwargs)
-        lm = cls(model, role, **kwargs)
+        if base is None:
+            base = load_model(name, role, revision=revision, dtype=dtype, device=device, init_kwargs=init_kwargs)
+        lm = cls(base if adapter is None else attach(base, adapter, role), role, **kwargs)
+        lm.base, lm.adapter = base, adapter
         lm._weights = identify_weights(name, role, revision=revision, init_kwargs=init_kwargs)
         return lm
 
@@ -198,15 +211,27 @@ class CausalLM:
         if self._packed is not None:
             self._packed.rest() if keep else self._packed.drop()
 
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether keys and values are kept for later calls."""
+        return self._packed is not None and self._packed.is_keeping
+
+    def drop_prefixes(self) -> None:
+        """Let go of all keys and values that are kept: the weights have changed."""
+        if self._packed is not None:
+            self._packed.drop()
+
     def describe(self, *, token_budget: int) -> dict[str, Any]:
         """How the model will run, for people. `prefix_mb`: at most; `work_mb`: about, for a forward of the budget."""
         way, reason = self.way()
         return {
             "name": self.name,
             "weights": self._weights,
+            "adapter": None if self.adapter is None else self.adapter.name,
+            "adapter_weights": None if self.adapter is None else self.adapter.weights,
             "architecture": type(self.model).__name__,
             "parameters": self.model.num_parameters(),
-            "weights_mb": self._weight_bytes / 2**20,
+            "weights_mb": weight_bytes(self.model) / 2**20,
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
             "device": str(self.decoder.device),
             "prefix_mb": prefix_bytes(self.decoder, self._packed, self._prefix_cache_tokens) / 2**20,

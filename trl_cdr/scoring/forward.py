@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from .adapters import unwrap
 from .encoding import Row
 from .logps import Reduce, head_logps, token_logps
 from .packing import Layout, Pack, plan_batches
@@ -61,9 +62,10 @@ class Decoder:
     def __init__(self, model: Any, config: PretrainedConfig) -> None:
         self.model = model
         self.config = config
-        self._head = model.get_output_embeddings()
+        inner = unwrap(model)
+        self._head = inner.get_output_embeddings()
         # Gemma 3's base_model is the whole model in transformers 4; drop with that floor.
-        self.backbone = model.base_model if model.base_model is not model else model.get_decoder()
+        self.backbone = inner.base_model if inner.base_model is not inner else inner.get_decoder()
 
     @property
     def device(self) -> torch.device:

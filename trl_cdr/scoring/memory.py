@@ -4,7 +4,7 @@ Parameters are counted on a model that torch builds without memory (the meta dev
 included. `causal_lm` has its own work estimated here; `doctor` prints the table.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,20 +146,30 @@ def footprint(
     )
 
 
-def holdings(strong: Footprint, weak: Footprint) -> list[Holding]:
-    """The ways to hold a pair, the plainest first."""
+def holdings(strong: Footprint, weak: Footprint, *, is_shared: bool = False) -> list[Holding]:
+    """
+    The ways to hold a pair, the plainest first.
+
+    Args:
+        strong, weak (`Footprint`): What each needs, without an adapter.
+        is_shared (`bool`, *optional*, defaults to `False`): The pair is one base with adapters, which stay awake.
+    """
     pair = (strong, weak)
-    whole, largest = sum(each.weight_bytes for each in pair), max(each.weight_bytes for each in pair)
+    whole = sum(each.weight_bytes for each in pair)
     work = max(each.work_bytes for each in pair)  # one runs at a time
     kept, one_kept = sum(each.prefix_bytes for each in pair), max(each.prefix_bytes for each in pair)
     is_one_base = strong.shape == weak.shape
     adapter = strong.lora_bytes if is_one_base else None
     on_base = None if adapter is None else weak.weight_bytes + adapter
+    if is_shared and on_base is not None:
+        asleep, awake = weak.weight_bytes, on_base
+    else:
+        asleep, awake = whole, max(each.weight_bytes for each in pair)
     return [
         Holding("two copies", whole, 0, work + kept, "the default"),
         Holding(f"one base, an adapter of rank {LORA_RANK}", on_base, 0, work + kept, "cdr_strong_adapter"),
-        Holding("asleep between calls, on the host", largest, whole, work + one_kept, "cdr_offload=cpu"),
-        Holding("asleep between calls, on disk", largest, 0, work + one_kept, "cdr_offload=disk"),
+        Holding("asleep between calls, on the host", awake, asleep, work + one_kept, "cdr_offload=cpu"),
+        Holding("asleep between calls, on disk", awake, 0, work + one_kept, "cdr_offload=disk"),
         Holding("two copies in 8 bits", sum(each.int8_bytes for each in pair), 0, work + kept, _INT8),
         Holding("two copies in 4 bits", sum(each.nf4_bytes for each in pair), 0, work + kept, _NF4),
         Holding(f"on the policy's base, rank {LORA_RANK}", adapter, 0, work + kept, "cdr_share_policy"),
@@ -190,16 +200,17 @@ def advise(ways: Sequence[Holding], current: Holding, memory: int) -> str:
     return f"{start} What does: {options}."
 
 
-def measured_bytes(model: nn.Module) -> int:
+def measured_bytes(*models: nn.Module) -> int:
     """
-    Bytes of the parameters and buffers that a model holds: what quantisation adds included, ties once, those that sleep
-    not.
+    Bytes of the parameters and buffers that models hold: what quantisation adds included, what is tied or held by
+    several of them once, those that sleep not.
     """
-    found = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        for part in _parts(tensor):
-            found[part.device, part.data_ptr()] = min(part.nbytes, part.untyped_storage().nbytes())
-    return sum(found.values())
+    return sum(min(part.nbytes, part.untyped_storage().nbytes()) for part in _distinct(models))
+
+
+def weight_bytes(*models: nn.Module) -> int:
+    """As `measured_bytes`, those that sleep as if they were awake."""
+    return sum(part.nbytes for part in _distinct(models))
 
 
 def prefix_bytes(decoder: Decoder, packed: Packed | None, tokens: int) -> int:
@@ -230,6 +241,12 @@ def _kept_values(config: PretrainedConfig) -> int:
     size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
     kept_heads: int = getattr(config, "num_key_value_heads", None) or heads
     return 2 * int(config.num_hidden_layers) * kept_heads * size
+
+
+def _distinct(models: Iterable[nn.Module]) -> Iterable[Tensor]:
+    """The plain tensors of the models, each place in a memory once; those that sleep have a place too."""
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    return {(part.device, part.data_ptr()): part for tensor in tensors for part in _parts(tensor)}.values()
 
 
 def _parts(tensor: Any) -> Iterator[Tensor]:

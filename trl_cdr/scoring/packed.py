@@ -105,6 +105,11 @@ class Packed:
         """Whether the layout's prefix serves other calls too, so that running it is no cost of this one."""
         return 0 < len(layout.constant) <= self._kept.max_tokens
 
+    @property
+    def is_keeping(self) -> bool:
+        """Whether keys and values of a prefix are kept now."""
+        return self._kept.is_filled
+
     def fill_cache(self, layout: Layout, job: Job) -> DynamicCache:
         """A fresh cache of what stands before a job's pack, prefix and stem; what of it is not kept is run."""
         assert job.pack is not None
@@ -179,6 +184,10 @@ class _PrefixStore:
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self._states: OrderedDict[PrefixKey, KeyValues] = OrderedDict()
+
+    @property
+    def is_filled(self) -> bool:
+        return bool(self._states)
 
     def get(self, key: PrefixKey) -> KeyValues | None:
         states = self._states.get(key)

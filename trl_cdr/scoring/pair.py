@@ -5,7 +5,8 @@ Knows no conversation and no score: `scorer` asks it for two encoders and two mo
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,8 +25,10 @@ from .checkpoint import read_config
 from .encoding import Completion, Encoder, Prompt, Row, Unscorable, fit, own_chat_template, vocabulary_hash
 from .loading import hub_kwargs
 from .logps import Reduce, token_logps
-from .offload import OnDisk, OnHost, Turns, check_movable, has_own_memory, reload_model
+from .offload import Bed, OnDisk, OnHost, Turns, check_movable, has_own_memory, reload_model
 from .packing import Group, common_prefix
+from .policy_base import PolicyBase, check_shared
+from .sources import Source, find_source, find_sources, share_base
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +185,19 @@ class PairSource:
         self._models = models
         self._tokenizers = tokenizers
         self._pair: Pair | None = None
+        self._policy: weakref.ref[nn.Module] | None = None
+        self._base: PolicyBase | None = None  # of the policy, where the pair stands on it
+
+    def use_policy(self, policy: nn.Module) -> None:
+        """
+        Say whose base the pair stands on, with `cdr_share_policy`; without it nothing happens.
+
+        Args:
+            policy (`nn.Module`): As the trainer has it, unwrapped; it is not kept alive.
+        """
+        if self.config.cdr_share_policy:
+            with self.lock:
+                self._policy = weakref.ref(policy)
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -194,10 +210,12 @@ class PairSource:
         The pair; asked for within `use`.
 
         Raises:
-            ConfigError: a model that was passed as an object did not survive pickling.
+            ConfigError: a model that was passed as an object did not survive pickling, or with `cdr_share_policy` there
+                is no policy, or none that can be shared.
             ModelError: a model or tokenizer can't be loaded or can't serve.
         """
         with self.lock:
+            self._find_base()
             if self._pair is None:
                 for role, model in self._models.items():
                     if model is None:
@@ -206,8 +224,28 @@ class PairSource:
                             "in the process that uses it, or pass a name or a path."
                         )
                 self.turns.clear()  # of a pair of which one could not be loaded
-                self._pair = load_pair(self.config, **self._models, **self._tokenizers, turns=self.turns)
+                base = None if self._base is None else self._base.model
+                self._pair = load_pair(self.config, **self._models, **self._tokenizers, base=base, turns=self.turns)
             return self._pair
+
+    def _find_base(self) -> None:
+        """See that the pair stands on the policy's base as it is now, where it is to stand there."""
+        if not self.config.cdr_share_policy:
+            return
+        policy = None if self._policy is None else self._policy()
+        if policy is None:
+            raise ConfigError(
+                "cdr_share_policy is set, and no policy is known. Pass CDRCallback(reward, trainer) to the trainer, or "
+                "call reward.attach(trainer), before the first step."
+            )
+        if self._base is None or not self._base.is_of(policy):
+            self._base, self._pair = PolicyBase(policy), None
+        self._base.check()
+        # Merging an adapter and taking it out again, as trainers do for vLLM, leaves a base with other roundings.
+        lms = [] if self._pair is None else [self._pair.strong.lm, self._pair.weak.lm]
+        if any(lm.keeps_prefixes for lm in lms) and self._base.has_changed():
+            for lm in lms:
+                lm.drop_prefixes()
 
     @property
     def held(self) -> list[nn.Module]:
@@ -217,7 +255,7 @@ class PairSource:
     def unload(self) -> None:
         """Let go of the models and of all that is kept for them, an accelerator's cached memory too."""
         with self.lock:
-            self._pair = None
+            self._pair = self._base = None
             self.turns.clear()
             clear_device_cache(garbage_collection=True)
 
@@ -253,6 +291,25 @@ def check_sources(
         )
 
 
+def check_adapters(models: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: an adapter is to be put on a model that was passed as an object, or such a model on the policy's
+            base.
+    """
+    for role, model in models.items():
+        if isinstance(model, nn.Module) and options.get("share_policy"):
+            raise ConfigError(
+                f"{role} is a loaded {type(model).__name__}, and share_policy is set: the pair stands on the policy's "
+                "base. Pass names, or leave out share_policy."
+            )
+        if isinstance(model, nn.Module) and options.get(f"{role}_adapter") is not None:
+            raise ConfigError(
+                f"{role} is a loaded {type(model).__name__}, and {role}_adapter is {options[f'{role}_adapter']!r}: a "
+                "model that you hold is used as it is. Pass its name, or put the adapter on it with peft."
+            )
+
+
 def load_pair(
     config: CDRConfig,
     strong: str | nn.Module,
@@ -260,6 +317,7 @@ def load_pair(
     *,
     strong_tokenizer: PreTrainedTokenizerBase | None = None,
     weak_tokenizer: PreTrainedTokenizerBase | None = None,
+    base: nn.Module | None = None,
     turns: Turns | None = None,
 ) -> Pair:
     """
@@ -269,27 +327,28 @@ def load_pair(
         config (`CDRConfig`): Revisions, type, device, template and lengths.
         strong, weak (`str` or `nn.Module`): Name, path or loaded model; `check_sources` has passed.
         strong_tokenizer, weak_tokenizer: Loaded tokenizers; each model's own if `None`.
+        base (`nn.Module`, *optional*): The policy's, to be used in place of one that is loaded.
         turns (`Turns`, *optional*): Who wakes models that `cdr_offload` puts to sleep.
 
     Raises:
-        ConfigError: `cdr_max_length` exceeds a model's positions, or `cdr_offload` asks for what can't be moved.
+        ConfigError: `cdr_max_length` exceeds a model's positions, `cdr_offload` asks for what can't be moved, or the
+            policy's base is not the pair's.
         ModelError: a model or tokenizer can't be loaded or can't serve.
     """
-    revisions = (config.cdr_strong_revision, config.cdr_weak_revision)
-    if isinstance(strong, str) and (strong, revisions[0]) == (weak, revisions[1]):
-        logger.warning("strong and weak are both %r: every log-ratio will be 0.", strong)
-    if strong_tokenizer is None:
-        strong_tokenizer = load_tokenizer(config, str(strong), "strong_tokenizer", revision=revisions[0])
-    if weak_tokenizer is None:
-        weak_tokenizer = load_tokenizer(config, str(weak), "weak_tokenizer", revision=revisions[1])
+    models = {"strong": strong, "weak": weak}
+    sources = _find_sources(config, models)
+    tokenizers = {"strong": strong_tokenizer, "weak": weak_tokenizer}
+    for role, source in sources.items():
+        if tokenizers[role] is None:
+            name, revision = source.tokenizer
+            tokenizers[role] = load_tokenizer(config, name, f"{role}_tokenizer", revision=revision)
     given = _read_template(config.cdr_chat_template)
-    templates = [given or own_chat_template(tokenizer) for tokenizer in (strong_tokenizer, weak_tokenizer)]
-    turns = turns or Turns()
+    templates = [given or own_chat_template(tokenizer) for tokenizer in tokenizers.values()]
+    if base is not None:
+        check_shared(config, sources, base)
+    lms = _load_models(config, models, sources, base=base, turns=turns or Turns())
     members = []
-    for role, model, tokenizer, revision, template, other in (
-        ("strong", strong, strong_tokenizer, revisions[0], templates[0], templates[1]),
-        ("weak", weak, weak_tokenizer, revisions[1], templates[1], templates[0]),
-    ):
+    for (role, tokenizer), template, other in zip(tokenizers.items(), templates, reversed(templates), strict=True):
         encoder = Encoder(
             tokenizer,
             role,
@@ -297,9 +356,8 @@ def load_pair(
             chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
             add_special_tokens=config.cdr_add_special_tokens,
         )
-        lm = _load_model(config, model, role, revision, turns)
-        _check_embeddings(lm, tokenizer, role)
-        members.append(Member(lm, encoder, _choose_max_length(config, lm, role)))
+        _check_embeddings(lms[role], tokenizer, role)
+        members.append(Member(lms[role], encoder, _choose_max_length(config, lms[role], role)))
     if config.cdr_offload == "cpu" and not has_own_memory(members[0].lm.decoder.device):
         logger.warning(
             "cdr_offload is 'cpu', and the pair's device is the CPU: there is nowhere else to go, and it stays awake. "
@@ -329,31 +387,78 @@ def _read_template(path: str | None) -> str | None:
         raise ConfigError(f"cdr_chat_template is {path!r}, which can't be read: {error}. Give a UTF-8 file.") from None
 
 
-def _load_model(config: CDRConfig, model: str | nn.Module, role: str, revision: str | None, turns: Turns) -> CausalLM:
-    if isinstance(model, nn.Module):  # the caller may change its weights: nothing of them is kept between calls
-        return CausalLM(model, role, seed=config.cdr_seed)
-    name, offload = str(model), config.cdr_offload
-    init_kwargs: Any = config.cdr_model_init_kwargs
-    if offload != "none":
-        check_movable(offload, role, name, read_config(name, role, revision=revision, init_kwargs=init_kwargs))
-        turns.sleep()  # the other one's memory is needed
-    loading = {
-        "revision": revision,
+def _find_sources(config: CDRConfig, models: dict[str, str | nn.Module]) -> dict[str, Source]:
+    """Where the weights of those come from that are names."""
+    named = [role for role, model in models.items() if not isinstance(model, nn.Module)]
+    return find_sources(config) if len(named) == 2 else {role: find_source(config, role) for role in named}
+
+
+def _load_models(
+    config: CDRConfig,
+    models: dict[str, str | nn.Module],
+    sources: dict[str, Source],
+    *,
+    base: nn.Module | None,
+    turns: Turns,
+) -> dict[str, CausalLM]:
+    """Strong and weak; a base of both is loaded once, and sleeps in one bed."""
+    is_shared = len(sources) == 2 and share_base(config, sources)
+    adapters = {source.adapter.weights if source.adapter else None for source in sources.values()}
+    if is_shared and len(adapters) == 1:
+        logger.warning("strong and weak are both %r: every log-ratio will be 0.", models["strong"])
+    lms: dict[str, CausalLM] = {}
+    bed: Bed | None = None
+    for role, model in models.items():
+        if isinstance(model, nn.Module):  # the caller may change its weights: nothing of them is kept between calls
+            lms[role] = CausalLM(model, role, seed=config.cdr_seed)
+            continue
+        source = sources[role]
+        held = lms["strong"].base if is_shared and lms else base
+        if held is None:
+            _check_movable(config, source, role)
+            turns.sleep()  # the other one's memory is needed; a base of both stays awake, to be read
+        lm = lms[role] = CausalLM.load(
+            source.name,
+            role,
+            **_loading(config, source),
+            adapter=source.adapter,
+            base=held,
+            prefix_cache_tokens=config.cdr_prefix_cache_tokens,
+            seed=config.cdr_seed,
+        )
+        if held is None:
+            bed = _make_bed(config, lm, source, role)
+        if bed is not None:
+            turns.add(bed, partial(lm.rest, keep=config.cdr_offload == "cpu"))
+            lm.wake = partial(turns.wake, bed)
+    return lms
+
+
+def _loading(config: CDRConfig, source: Source) -> dict[str, Any]:
+    return {
+        "revision": source.revision,
         "dtype": config.cdr_dtype,
         "device": config.cdr_device,
-        "init_kwargs": init_kwargs,
+        "init_kwargs": config.cdr_model_init_kwargs,
     }
-    lm = CausalLM.load(name, role, **loading, prefix_cache_tokens=config.cdr_prefix_cache_tokens, seed=config.cdr_seed)
-    bed: OnHost | OnDisk
-    if offload == "disk":
-        bed = OnDisk(lm.model, partial(reload_model, name, role, weights=str(lm.weights), **loading))
-    elif offload == "cpu" and has_own_memory(lm.decoder.device):
-        bed = OnHost(lm.model, role)
-    else:
-        return lm
-    turns.add(bed, partial(lm.rest, keep=offload == "cpu"))
-    lm.wake = partial(turns.wake, bed)
-    return lm
+
+
+def _check_movable(config: CDRConfig, source: Source, role: str) -> None:
+    if config.cdr_offload != "none":
+        init_kwargs: Any = config.cdr_model_init_kwargs
+        found = read_config(source.name, role, revision=source.revision, init_kwargs=init_kwargs)
+        check_movable(config.cdr_offload, role, source.name, found)
+
+
+def _make_bed(config: CDRConfig, lm: CausalLM, source: Source, role: str) -> Bed | None:
+    """Where a model's weights sleep that was just loaded, if they do; of an adapted one the base's."""
+    assert lm.base is not None
+    if config.cdr_offload == "disk":
+        reload = partial(reload_model, source.name, role, weights=str(lm.weights), **_loading(config, source))
+        return OnDisk(lm.base, reload)
+    if config.cdr_offload == "cpu" and has_own_memory(lm.decoder.device):
+        return OnHost(lm.base, role)
+    return None
 
 
 def _check_embeddings(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, role: str) -> None:

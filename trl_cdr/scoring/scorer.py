@@ -23,8 +23,9 @@ from .completions import CompletionReader
 from .encoding import Completion, Message, Prompt, Row, Unscorable, shorten
 from .gate import gate_statistics
 from .logps import token_logps
+from .memory import weight_bytes
 from .packing import Layout, group_rows
-from .pair import Pair, PairSource, check_sources, load_tokenizer
+from .pair import Pair, PairSource, check_adapters, check_sources, load_tokenizer
 from .score import Score, score_from_logps
 
 logger = logging.getLogger(__name__)
@@ -76,10 +77,15 @@ class DensityRatioScorer:
         share: "DensityRatioScorer | None" = None,
         **options: Any,
     ) -> None:
-        models = {"strong": strong, "weak": weak}
+        models = {
+            role: str(model) if isinstance(model, Path) else model
+            for role, model in (("strong", strong), ("weak", weak))
+        }
+        options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
         tokenizers = {"strong_tokenizer": strong_tokenizer, "weak_tokenizer": weak_tokenizer}
         if share is None:
-            check_sources(strong, weak, strong_tokenizer, weak_tokenizer)
+            check_sources(models["strong"], models["weak"], strong_tokenizer, weak_tokenizer)
+            check_adapters(models, options)
             options |= {role: model if isinstance(model, str) else _show(model) for role, model in models.items()}
         else:
             options |= _shared_options(share, {**models, **tokenizers, **options})
@@ -323,10 +329,12 @@ class DensityRatioScorer:
         Load and check the pair, and tell how it will run.
 
         Returns:
-            `dict`: `strong` and `weak` (each `name`, `weights`, `architecture`, `parameters`, `weights_mb`, `dtype`,
-            `device`, `prefix_mb`, `work_mb`, `attention`, `way`, `reason`, `max_length` in tokens, `end_of_turn`,
-            `end_tokens`, `chat_template`), `shares_vocabulary`, `reads_alike` and `gate`. `weights` is the commit on
-            the Hub or a hash of the folder, `None` for models that were passed as objects. MB are 2**20 bytes;
+            `dict`: `strong` and `weak` (each `name`, `weights`, `adapter`, `adapter_weights`, `architecture`,
+            `parameters`, `weights_mb`, `dtype`, `device`, `prefix_mb`, `work_mb`, `attention`, `way`, `reason`,
+            `max_length` in tokens, `end_of_turn`, `end_tokens`, `chat_template`), `weights_mb`, `shares_vocabulary`,
+            `reads_alike` and `gate`. `weights` is the commit on the Hub or a hash of the folder, `None` for models that
+            were passed as objects, and `adapter_weights` the same of an adapter. MB are 2**20 bytes; in `weights_mb` of
+            the pair what both models stand on counts once;
             `prefix_mb` is the most that `cdr_prefix_cache_tokens` allows, `work_mb` an estimate for a forward of
             `cdr_token_budget`.
 
@@ -338,6 +346,7 @@ class DensityRatioScorer:
             return {
                 "strong": pair.strong.describe(token_budget=self.config.cdr_token_budget),
                 "weak": pair.weak.describe(token_budget=self.config.cdr_token_budget),
+                "weights_mb": weight_bytes(pair.strong.lm.model, pair.weak.lm.model) / 2**20,
                 "shares_vocabulary": pair.shares_vocabulary,
                 "reads_alike": pair.reads_alike,
                 "gate": self.config.cdr_gate,
@@ -370,6 +379,15 @@ class DensityRatioScorer:
             if self.config.cdr_policy_tokenizer is None and tokenizer is not self._policy:
                 self._policy = tokenizer
                 self._reader = None
+
+    def use_policy(self, policy: nn.Module) -> None:
+        """
+        Say whose base the pair stands on, with `cdr_share_policy`; without it nothing happens.
+
+        Args:
+            policy (`nn.Module`): As the trainer has it, unwrapped; it is neither changed nor kept alive.
+        """
+        self._source.use_policy(policy)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to loaded models, which stay behind."""

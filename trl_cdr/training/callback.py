@@ -27,7 +27,7 @@ class CDRCallback(ProvenanceCallback):
     Metrics, provenance and an early start for a [`CDRReward`].
 
     - Loads the pair when training begins, so that the first step does not pay for it, and tells the reward the policy's
-      tokenizer.
+      tokenizer; with `share_policy` also the policy, on whose base the pair then stands.
     - In online DPO logs the reward's metrics (`<name>/...`, see `call_metrics`), which GRPO and RLOO log by themselves.
     - With `trainer`, in every trainer, logs the mean reward of each domain (`<name>/rewards/<domain>`) and
       `<name>/step_share`, the share of the time since the last log that went into labelling.
@@ -79,6 +79,10 @@ class CDRCallback(ProvenanceCallback):
         self._check(kwargs.get("model"))
         if kwargs.get("processing_class") is not None:
             self.reward.scorer.use_policy_tokenizer(kwargs["processing_class"])
+        if self._trainer is not None and self.reward.config.cdr_share_policy:
+            self.reward.attach(self._trainer)
+        elif kwargs.get("model") is not None:
+            self.reward.scorer.use_policy(kwargs["model"])
         self.reward.scorer.load()
         if self._trainer is None:
             super().on_train_begin(args, state)

@@ -109,7 +109,9 @@ def provenance(reward: "CDRReward") -> dict[str, Any]:
         "name": reward.__name__,
         "config": shareable_options(reward.config),
         "models": {
-            role: {key: described[role][key] for key in ("name", "weights", "dtype", "way")}
+            role: {
+                key: described[role][key] for key in ("name", "weights", "adapter", "adapter_weights", "dtype", "way")
+            }
             for role in ("strong", "weak")
         },
         "criteria_sha256": None if criteria is None else criteria.digest,
@@ -130,10 +132,10 @@ def labelling_section(records: Sequence[dict[str, Any]], *, trainer: str, loss: 
     for record in records:
         config, models = record["config"], record["models"]
         for role in ("strong", "weak"):
-            rows[role].append(f"`{_public(models[role]['name'])}`")
-            if models[role]["weights"]:
-                kind, digest = models[role]["weights"].split(" ")
-                rows[role][-1] += f", {kind} `{digest[:12]}`"
+            rows[role].append(_show(models[role]["name"], models[role]["weights"]))
+            if models[role].get("adapter"):
+                adapter = _show(models[role]["adapter"], models[role]["adapter_weights"])
+                rows[role][-1] += f", with the adapter {adapter}"
         gate = "none: the plain ratio" if config["cdr_gate"] == "none" else config["cdr_gate"]
         rows["gate"].append(f"{gate} {config['cdr_typicality']}" if config["cdr_typicality"] else gate)
         criteria = "none"
@@ -153,6 +155,14 @@ def labelling_section(records: Sequence[dict[str, Any]], *, trainer: str, loss: 
         f"`{PROVENANCE}`.\n\n"
         f"| | {names} |\n|---|{'---|' * len(records)}\n{table}\n"
     )
+
+
+def _show(name: str, weights: str | None) -> str:
+    """A model's or an adapter's name, and which weights it stood for."""
+    if weights is None:
+        return f"`{_public(name)}`"
+    kind, digest = weights.split(" ")
+    return f"`{_public(name)}`, {kind} `{digest[:12]}`"
 
 
 def _public(name: str) -> str:

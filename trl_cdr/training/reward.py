@@ -169,6 +169,23 @@ class CDRReward:
             self._report(call, log_metric, log_extra)
         return rewards
 
+    def attach(self, trainer: Any) -> None:
+        """
+        Put the pair on the base of a trainer's policy, with `share_policy`: strong and weak are that base with adapters
+        of their own, or without one. Before the first step; GRPO and RLOO do it by themselves, and so does
+        [`CDRCallback`].
+
+        Args:
+            trainer (`Trainer`): Its policy trains an adapter (LoRA) on the base that strong and weak name. Neither the
+                policy nor any flag of it is changed.
+
+        Raises:
+            ConfigError: `share_policy` is not set.
+        """
+        if not self.config.cdr_share_policy:
+            raise ConfigError("share_policy is not set: the pair is loaded beside the policy. Pass share_policy=True.")
+        self.scorer.use_policy(trainer.accelerator.unwrap_model(trainer.model))
+
     def observe(self, observer: Callable[[Call], None]) -> None:
         """Have every later call handed to `observer`. Observers are not pickled."""
         if observer not in self._observers:
@@ -191,6 +208,8 @@ class CDRReward:
         check_name(self.__name__, trainer)
         check_domains(self.scorer.router, trainer_datasets(trainer))
         self.scorer.use_policy_tokenizer(trainer.processing_class)
+        if self.config.cdr_share_policy:
+            self.attach(trainer)
         keepers = [one for one in trainer.callback_handler.callbacks if isinstance(one, ProvenanceCallback)]
         if not keepers:
             keepers.append(ProvenanceCallback(self))

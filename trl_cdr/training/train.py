@@ -22,6 +22,7 @@ from ..errors import CDRError, ConfigError
 from ..scoring.checkpoint import read_config, weights_mb
 from ..scoring.loading import hub_kwargs
 from ..scoring.pair import load_tokenizer
+from ..scoring.sources import find_sources
 from .callback import CDRCallback
 from .checks import check_domains
 from .prompts import load_prompts
@@ -135,6 +136,11 @@ def train(
             f"eval_strategy is {str(training_args.eval_strategy.value)!r}, and TRL's OnlineDPOTrainer can't evaluate. "
             "Leave it out, or pass trainer=grpo, rloo or online_preference."
         )
+    if cdr_args.cdr_share_policy and not model_args.use_peft:
+        raise ConfigError(
+            "cdr_share_policy is set and use_peft is not: the pair stands on the policy's base, which has to stay as "
+            "it is. Pass use_peft: true, or leave out cdr_share_policy."
+        )
     checkpoint = find_checkpoint(training_args)
     rewards = rewards_for(arguments, training_args=training_args, cdr_args=cdr_args)
     objectives = [reward for reward in rewards if isinstance(reward, CDRReward)]
@@ -148,8 +154,9 @@ def train(
     for reward in objectives:
         check_domains(reward.scorer.router, dict(zip(places, datasets, strict=True)))
 
-    _say(f"loading the pair: strong {_with_size(cdr_args.cdr_strong)}, weak {_with_size(cdr_args.cdr_weak)}")
-    objectives[0].scorer.load()
+    if not cdr_args.cdr_share_policy:  # else it stands on the policy's base, and CDRCallback loads it
+        _say(f"loading the pair: strong {_with_size(cdr_args.cdr_strong)}, weak {_with_size(cdr_args.cdr_weak)}")
+        objectives[0].scorer.load()
     _say(f"loading the policy: {_with_size(policy)}")
     trainer = _make_trainer(arguments, training_args, model_args, rewards, datasets)
     for reward in objectives:
@@ -206,11 +213,9 @@ def find_checkpoint(training_args: Any) -> str | None:
 def _check_models(cdr_args: CDRConfig, policy: str, policy_init_kwargs: Mapping[str, Any]) -> None:
     """Whether models and tokenizers can be found at all, before anything large is loaded."""
     init_kwargs: Any = cdr_args.cdr_model_init_kwargs
-    for role, name, revision in (
-        ("strong", cdr_args.cdr_strong, cdr_args.cdr_strong_revision),
-        ("weak", cdr_args.cdr_weak, cdr_args.cdr_weak_revision),
-    ):
-        read_config(name, f"cdr_{role}", revision=revision, init_kwargs=init_kwargs)
+    for role, source in find_sources(cdr_args).items():
+        read_config(source.name, f"cdr_{role}", revision=source.revision, init_kwargs=init_kwargs)
+        name, revision = source.tokenizer
         load_tokenizer(cdr_args, name, f"the tokenizer of cdr_{role}", revision=revision)
     read_config(policy, "model_name_or_path", init_kwargs=policy_init_kwargs)
 
