@@ -96,6 +96,13 @@ def test_what_is_refused_names_the_option_the_value_and_the_rule(name, value, me
         CDRConfig(**{"cdr_strong": "a", "cdr_weak": "b", name: value})
 
 
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_what_the_policy_trains_on_does_not_sleep(offload):
+    with pytest.raises(ConfigError, match=f"cdr_share_policy is set and cdr_offload is '{offload}'.*Leave out one"):
+        CDRConfig("a", "b", cdr_share_policy=True, cdr_offload=offload)
+    assert CDRConfig("a", "b", cdr_share_policy=False, cdr_offload=offload).cdr_offload == offload
+
+
 def test_a_bare_boolean_from_yaml():
     assert CDRConfig("a", "b", cdr_add_special_tokens=True).cdr_add_special_tokens == "true"
     assert CDRConfig("a", "b", cdr_add_special_tokens=False).cdr_add_special_tokens == "false"

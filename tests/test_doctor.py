@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from lora import save_adapter
 from test_cli import fails
 from transformers import LlamaConfig
 
@@ -47,6 +48,35 @@ def test_what_was_loaded_stands_beside_the_arithmetic(checkpoints, capsys):
     measured = sum(found["pair"][role]["weights_mb"] for role in ("strong", "weak")) * 2**20
     assert counted <= measured < counted + 1000  # and the buffers
     assert found["memory"]["memory_bytes"] == 2**30
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_a_base_of_both_counts_once(offload, checkpoints, tmp_path, capsys):
+    """An adapter's folder alone, as strong, names its base."""
+    base, adapter = checkpoints["weak"], save_adapter(tmp_path / "a", checkpoints["weak"])
+    config = CDRConfig.from_options(strong=adapter, weak=base, offload=offload)
+    found = examine(config, DoctorArguments(memory="1GiB"))
+    own = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+    weak = found["pair"]["weak"]["weights_mb"] * 2**20
+    assert weak < found["pair"]["weights_mb"] * 2**20 < weak + own
+    assert found["pair"]["weights_mb"] == found["pair"]["strong"]["weights_mb"]
+    way = next(way for way in found["memory"]["ways"] if way["name"] == found["memory"]["current"])
+    assert way["option"] == ("cdr_strong_adapter" if offload == "none" else "cdr_offload=disk")
+    print_memory(found["memory"], found["pair"])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if f"{way['name']} *" in line]
+    assert f"{found['pair']['weights_mb'] * 2**20 / 10**9:.3g}" in line
+    ways = {way["option"]: way for way in found["memory"]["ways"]}
+    assert ways["cdr_offload=cpu"]["host_bytes"] == found["memory"]["weak"]["parameters"] * 4  # one copy
+    assert ways["cdr_offload=cpu"]["weight_bytes"] == ways["cdr_strong_adapter"]["weight_bytes"]
+
+
+def test_a_pair_on_the_policys_base_is_counted_and_not_loaded(checkpoints, tmp_path):
+    base, adapter = checkpoints["weak"], save_adapter(tmp_path / "a", checkpoints["weak"])
+    config = CDRConfig.from_options(strong=adapter, weak=base, share_policy=True)
+    found = examine(config, DoctorArguments(no_load=True))["memory"]
+    assert found["current"].startswith("on the policy's base")
+    with pytest.raises(ConfigError, match="doctor has no policy that the pair could stand on. Pass --no_load"):
+        examine(config)
 
 
 @pytest.mark.parametrize(

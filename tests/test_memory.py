@@ -9,7 +9,7 @@ from transformers import GPT2Config, LlamaConfig, ViTConfig
 
 from trl_cdr import ModelError
 from trl_cdr.scoring.causal_lm import CausalLM
-from trl_cdr.scoring.memory import GB, advise, footprint, holdings, measured_bytes
+from trl_cdr.scoring.memory import GB, advise, footprint, holdings, measured_bytes, weight_bytes
 
 LLAMA_8B = {
     "vocab_size": 128_256,
@@ -138,3 +138,5 @@ def test_measured_bytes_count_ties_once_and_what_is_beside_weights():
     assert measured_bytes(tied) == 48
     tied[0].weight.data = torch.zeros(()).expand(3, 3)
     assert measured_bytes(tied) == 36 + 12 + 4
+    assert weight_bytes(tied) == 36 + 12 + 36  # as if it were awake
+    assert measured_bytes(model, tied, model) == expected + 36 + 12 + 4

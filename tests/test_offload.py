@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora import save_adapter
 from tiny import byte_tokenizer, chat, llama
 from torch import nn
 
@@ -65,6 +66,39 @@ def test_scores_are_the_same_bits_and_nothing_is_left_awake(kind, checkpoints, e
     for _ in range(3):
         assert same(score(scorer), expected)
         assert all(is_asleep(model) for model in models(scorer))
+
+
+def test_one_base_with_adapters_sleeps_in_one_bed(kind, checkpoints, tmp_path, monkeypatch):
+    woken = []
+    for bed in (OnHost, OnDisk):
+        wake = bed.wake
+        monkeypatch.setattr(bed, "wake", lambda self, wake=wake: woken.append(self) or wake(self))
+    base = checkpoints["weak"]
+    options = {"strong": base, "weak": base, "criteria": CRITERIA, "router": "column:d"}
+    options["strong_adapter"] = save_adapter(tmp_path / "one", base)
+    options["weak_adapter"] = save_adapter(tmp_path / "two", base, seed=1, r=2, target_modules=["q_proj"])
+    expected = score(DensityRatioScorer(**options))
+    assert any(one.value for one in expected)
+    scorer = DensityRatioScorer(**options, offload=kind)
+    for calls in range(3):
+        assert same(score(scorer), expected)
+        assert len(woken) == calls  # loaded awake; then once for both
+        lms = scorer._source._pair.strong.lm, scorer._source._pair.weak.lm
+        assert lms[0].base is lms[1].base
+        assert is_asleep(lms[0].base)
+        own = [p for lm in lms for p in lm.model.parameters() if p.untyped_storage().nbytes() == p.nbytes > 4]
+        assert len(own) == 2 * 2 * 7 + 2 * 2  # both adapters stay, and nothing else
+        assert not any(p.isnan().any() for p in own)
+
+
+def test_two_bases_with_adapters_take_turns(kind, checkpoints, tmp_path):
+    options = {**checkpoints, "criteria": CRITERIA, "router": "column:d"}
+    options["strong_adapter"] = save_adapter(tmp_path / "one", checkpoints["strong"])
+    scorer = DensityRatioScorer(**options, offload=kind)
+    expected = score(DensityRatioScorer(**options))
+    for _ in range(2):
+        assert same(score(scorer), expected)
+        assert all(is_asleep(member.lm.base) for member in (scorer._source._pair.strong, scorer._source._pair.weak))
 
 
 def test_one_model_is_awake_at_a_time(kind, checkpoints):

@@ -65,10 +65,11 @@ class Turns:
         Take in a model that was just loaded and is awake.
 
         Args:
-            bed (`Bed`): Where its weights sleep.
+            bed (`Bed`): Where its weights sleep; of several models that stand on the same ones, the same.
             on_sleep (`Callable`): Frees what else of it is on the device; called whenever a model goes to sleep.
         """
-        self.sleep()
+        if self._awake is not bed:
+            self.sleep()
         self._awake = bed
         self._on_sleep.append(on_sleep)
 
