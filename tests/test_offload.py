@@ -89,6 +89,15 @@ def test_one_base_with_adapters_sleeps_in_one_bed(kind, checkpoints, tmp_path, m
         own = [p for lm in lms for p in lm.model.parameters() if p.untyped_storage().nbytes() == p.nbytes > 4]
         assert len(own) == 2 * 2 * 7 + 2 * 2  # both adapters stay, and nothing else
         assert not any(p.isnan().any() for p in own)
+    with scorer.use() as loaded:
+        loaded.weak.lm.wake()  # the one that did not bring the base
+        assert is_awake(loaded.strong.lm.base)
+
+
+def test_what_sleeps_is_described_as_it_is_awake(kind, checkpoints):
+    awake, asleep = (DensityRatioScorer(**checkpoints, offload=way) for way in ("none", kind))
+    for _ in range(2):
+        assert asleep.describe() == awake.describe()
 
 
 def test_two_bases_with_adapters_take_turns(kind, checkpoints, tmp_path):
