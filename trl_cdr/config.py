@@ -215,8 +215,8 @@ class CDRConfig:
     cdr_offload: Literal["none", "cpu", "disk"] = field(
         default="none",
         metadata={
-            "help": "Where the pair sleeps between calls, strong and weak awake in turns. none: it stays on its "
-            "device; cpu: in the host's memory; disk: nowhere but in its checkpoint, loaded anew at each call."
+            "help": "Where strong and weak, awake in turns, sleep between calls. none: they stay awake; cpu: the "
+            "host's memory; disk: their checkpoints."
         },
     )
     cdr_seed: int = field(
