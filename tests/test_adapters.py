@@ -12,8 +12,9 @@ from tiny import chat, llama
 
 from trl_cdr import ConfigError, Criteria, DensityRatioScorer, DomainCriteria, ModelError
 from trl_cdr.config import CDRConfig
-from trl_cdr.scoring.adapters import fingerprint, storage_bytes, view
+from trl_cdr.scoring.adapters import fingerprint, view
 from trl_cdr.scoring.causal_lm import CausalLM
+from trl_cdr.scoring.memory import measured_bytes
 from trl_cdr.scoring.sources import find_source
 
 pytestmark = pytest.mark.compat
@@ -89,8 +90,8 @@ def test_an_adapter_on_its_base_scores_as_merged(kind, base, tokenizer, tmp_path
     pair = assert_as_merged(base, {"strong": folder, "weak": None}, tokenizer, tmp_path)
     own = sum(p.numel() for p in pair.strong.lm.model.parameters()) - sum(p.numel() for p in llama(322).parameters())
     assert own > 0
-    held = storage_bytes([pair.strong.lm.model, pair.weak.lm.model])
-    assert held - storage_bytes([pair.weak.lm.model]) == 4 * own
+    held = measured_bytes(pair.strong.lm.model, pair.weak.lm.model)
+    assert held - measured_bytes(pair.weak.lm.model) == 4 * own
 
 
 @pytest.mark.parametrize("which", ["two adapters", "on the weak one"])
@@ -247,7 +248,7 @@ def test_a_view_is_apart_but_for_its_tensors(strong):
     assert mine.config is not strong.config
     mine.eval()
     assert strong.training
-    assert storage_bytes([strong, mine]) == storage_bytes([strong])
+    assert measured_bytes(strong, mine) == measured_bytes(strong)
     strong.eval()
 
 

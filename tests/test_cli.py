@@ -184,6 +184,28 @@ def test_bench_prints_ours_beside_the_other_ways(checkpoints, capsys, monkeypatc
     assert "Tflop/s" in printed
 
 
+def test_bench_of_memory(capsys, monkeypatch):
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    monkeypatch.setitem(workloads.MODELS, "llama-58m", {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2})
+    main(["bench", "--workload", "memory", "--runs", "1", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    stays, on_host, on_disk = result["cases"]
+    assert [case["label"] for case in result["cases"]] == ["two copies", "asleep on the host", "asleep on disk"]
+    assert stays["between_mb"] == pytest.approx(result["pair_mb"])
+    assert on_host["between_mb"] < 0.01 * result["pair_mb"]
+    assert on_disk["between_mb"] < 0.01 * result["pair_mb"]
+    assert (stays["host_mb"], on_host["host_mb"], on_disk["host_mb"]) == (0, stays["between_mb"], 0)
+    assert stays["wake_seconds"] == stays["sleep_seconds"] == 0
+    for case in (on_host, on_disk):
+        assert 0 < case["wake_seconds"] < case["seconds"]
+    assert on_host["peak_mb"] < stays["peak_mb"] - 0.4 * result["pair_mb"]
+    main(["bench", "--workload", "memory", "--runs", "1"])
+    assert "asleep on disk" in capsys.readouterr().out
+    assert "builds random weights" in fails(
+        capsys, ["bench", "--workload", "memory", "--cdr_strong", "a", "--cdr_weak", "b"]
+    )
+
+
 def test_bench_arguments(capsys):
     assert "--cdr_strong and --cdr_weak go together" in fails(capsys, ["bench", "--cdr_strong", "a"])
     assert "--runs is 0" in fails(capsys, ["bench", "--runs", "0"])

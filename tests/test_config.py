@@ -44,6 +44,7 @@ NAMES = {
     "cdr_router": None,
     "cdr_num_exemplars": 2,
     "cdr_exemplar_style": "inline",
+    "cdr_offload": "none",
     "cdr_seed": 0,
 }
 
@@ -93,6 +94,13 @@ def test_the_public_names_and_defaults():
 def test_what_is_refused_names_the_option_the_value_and_the_rule(name, value, message):
     with pytest.raises(ConfigError, match=message):
         CDRConfig(**{"cdr_strong": "a", "cdr_weak": "b", name: value})
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_what_the_policy_trains_on_does_not_sleep(offload):
+    with pytest.raises(ConfigError, match=f"cdr_share_policy is set and cdr_offload is '{offload}'.*Leave out one"):
+        CDRConfig("a", "b", cdr_share_policy=True, cdr_offload=offload)
+    assert CDRConfig("a", "b", cdr_share_policy=False, cdr_offload=offload).cdr_offload == offload
 
 
 def test_a_bare_boolean_from_yaml():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from accelerate import PartialState
+from transformers import BitsAndBytesConfig
 
-from trl_cdr import ConfigError, ModelError
+from trl_cdr import CDRConfig, ConfigError, DensityRatioScorer, ModelError
 from trl_cdr.scoring import loading as module
 from trl_cdr.scoring.causal_lm import CausalLM
 
@@ -82,3 +83,28 @@ def test_loading_where_weights_would_be_empty_is_refused(checkpoints, monkeypatc
     monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ModelError, match="weak can't be loaded under DeepSpeed ZeRO-3.*use ZeRO-2"):
         CausalLM.load(checkpoints["weak"], "weak")
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("spelled", ['{"quantization_config": {"load_in_8bit": true}}', "an object"])
+def test_quantisation_reaches_from_pretrained_as_its_config(checkpoints, monkeypatch, spelled):
+    """From YAML, the command line and the environment it comes as a mapping, or as JSON."""
+    wanted = BitsAndBytesConfig(load_in_8bit=True)
+    kwargs = spelled if spelled != "an object" else {"quantization_config": wanted}
+    config = CDRConfig.from_options(**checkpoints, model_init_kwargs=kwargs)
+    load, seen = module.AutoModelForCausalLM.from_pretrained, []
+
+    def spy(name, **kwargs):
+        seen.append(kwargs.pop("quantization_config"))  # its library need not be here
+        return load(name, **kwargs)
+
+    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", spy)
+    DensityRatioScorer.from_config(config).load()
+    assert len(seen) == 2
+    assert all(isinstance(each, BitsAndBytesConfig) and each.load_in_8bit for each in seen)
+
+
+@pytest.mark.parametrize("quantization", [{"quant_method": "no_such"}, {"bits": 4}])
+def test_quantisation_that_nobody_knows(checkpoints, quantization):
+    with pytest.raises(ModelError, match="strong is .* can't be loaded as a causal language model: .*quant"):
+        CausalLM.load(checkpoints["strong"], "strong", init_kwargs={"quantization_config": quantization})

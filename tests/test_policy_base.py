@@ -12,7 +12,7 @@ from tiny import chat
 from transformers import AutoModelForCausalLM
 
 from trl_cdr import ConfigError, Criteria, DensityRatioScorer, DomainCriteria, ModelError
-from trl_cdr.scoring.adapters import storage_bytes
+from trl_cdr.scoring.memory import measured_bytes
 
 # peft 0.21 reads what transformers 5 deprecates
 pytestmark = [
@@ -66,7 +66,7 @@ def test_a_pair_on_the_policy_s_base_is_the_pair(kind, base, adapter):
     pair = scorer._source.get()
     models = [pair.strong.lm.model, pair.weak.lm.model]
     own = sum(p.numel() * 4 for n, p in models[0].named_parameters() if "lora_" in n)
-    assert storage_bytes([policy, *models]) == storage_bytes([policy]) + own
+    assert measured_bytes(policy, *models) == measured_bytes(policy) + own
     assert scorer.describe()["weak"]["weights"].startswith("sha256 ")
 
 

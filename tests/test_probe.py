@@ -162,3 +162,12 @@ def test_each_prompt_has_its_domains_criteria(strong, weak, tokenizer):
 def test_numbers_are_looked_at_before_anything_is_loaded(option, message):
     with pytest.raises(ConfigError, match=message):
         probe(DensityRatioScorer("nowhere", "either"), PROMPTS, **option)
+
+
+def test_a_pair_that_sleeps_is_attacked_alike(checkpoints):
+    """Writing and searching run its models one by one, and wake them as scoring does."""
+    options = {**checkpoints, "device": "cpu", "gate": "surprise"}
+    scorer = DensityRatioScorer(**options, offload="disk")
+    assert probe(scorer, PROMPTS[:2], **SMALL) == probe(DensityRatioScorer(**options), PROMPTS[:2], **SMALL)
+    pair = scorer.load()
+    assert all(p.isnan().all() for one in (pair.strong, pair.weak) for p in one.lm.model.parameters())

@@ -16,7 +16,7 @@ from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from trl_cdr import CDRCallback, CDRReward, ConfigError, ModelError, OnlinePreferenceConfig, OnlinePreferenceTrainer
 from trl_cdr.bench.measure import measure
-from trl_cdr.scoring.adapters import storage_bytes
+from trl_cdr.scoring.memory import measured_bytes
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -198,8 +198,8 @@ def test_twenty_steps_are_the_same_in_less_memory(name, base, adapter, tmp_path,
         )
         peaks[share] = cost["run"].peak_mb
     assert_equal_runs(runs[True], runs[False])
-    held = {share: storage_bytes(models_of(*found)) / 2**20 for share, found in runs.items()}
-    weights = storage_bytes([runs[True][1].scorer._source.get().weak.lm.model]) / 2**20
+    held = {share: measured_bytes(*models_of(*found)) / 2**20 for share, found in runs.items()}
+    weights = measured_bytes(runs[True][1].scorer._source.get().weak.lm.model) / 2**20
     with capsys.disabled():
         print(
             f"\n{name}: peak {peaks[True]:.2f} MB on the policy's base, {peaks[False]:.2f} MB beside it; "

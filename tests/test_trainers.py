@@ -120,3 +120,33 @@ def test_the_trainers_tokenizer_tells_finished_completions_where_the_pairs_diffe
     finished = [policy_tokenizer.eos_token_id in row for row in ids]
     offline = reward.scorer.score(prompts, completions, finished=finished)
     assert rewards == [score.value if score.value is not None else min(rewards) for score in offline]
+
+
+@pytest.mark.parametrize("name", ["online_dpo", "grpo", "rloo"])
+def test_a_pair_that_sleeps_labels_alike_and_sleeps_while_the_policy_is_at_work(name, tmp_path, checkpoints):
+    """That is when vLLM may be awake in the trainer's process, and when the optimizer needs the memory."""
+    tokenizer = byte_tokenizer()
+    found, awake = [], []
+    for offload in ("none", "disk"):
+        reward = Recorder(**checkpoints, offload=offload)
+        policy = llama(len(tokenizer), seed=2)
+        policy.save_pretrained(tmp_path / "policy")
+        policy = type(policy).from_pretrained(tmp_path / "policy")
+        trainer = make(name, tmp_path / "out", reward, tokenizer, [chat(word) for word in WORDS], policy)
+        reward.scorer.load()
+
+        def look(*_, reward=reward):
+            pair = reward.scorer._source._pair
+            weights = [p for member in (pair.strong, pair.weak) for p in member.lm.model.parameters()]
+            awake.append(not all(p.untyped_storage().nbytes() <= 4 for p in weights))
+
+        if offload == "disk":
+            policy.register_forward_pre_hook(look)
+        trainer.train()
+        found.append(([call[3] for call in reward.calls], [p.detach() for p in policy.parameters()]))
+    assert awake
+    assert not any(awake)
+    (rewards, weights), (others, other_weights) = found
+    assert len(rewards) == 3
+    assert rewards == others
+    assert all(torch.equal(one, other) for one, other in zip(weights, other_weights, strict=True))

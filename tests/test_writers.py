@@ -82,3 +82,12 @@ def test_a_policy_is_loaded_by_name(pair, checkpoints, tmp_path):
     assert end_id(policy, chat("a")) == policy.encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
     with pytest.raises(ModelError, match="policy can't be loaded from"):
         load_policy(str(tmp_path / "none"), config, pair)
+
+
+def test_a_pair_that_sleeps_is_woken_to_write(checkpoints):
+    awake = DensityRatioScorer(**checkpoints, device="cpu").load()
+    scorer = DensityRatioScorer(**checkpoints, device="cpu", offload="disk")
+    with scorer.use() as pair:
+        assert sample(pair.strong) == sample(awake.strong)
+        assert sample(pair.weak) == sample(awake.weak)
+    assert all(p.isnan().all() for one in (pair.strong, pair.weak) for p in one.lm.model.parameters())

@@ -11,7 +11,18 @@ from packaging.version import Version
 from . import __version__
 from .errors import ConfigError
 
-_PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft", "vllm")
+_PACKAGES = (
+    "trl",
+    "transformers",
+    "torch",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "peft",
+    "vllm",
+    "bitsandbytes",
+    "torchao",
+)
 
 # What OnlinePreferenceTrainer takes from GRPOTrainer, as TRL 1.0 to 1.16 have it: methods with the arguments that it
 # hands them or is handed, and keys of a generated batch.

@@ -23,7 +23,7 @@ _COMMANDS = {
     "probe": "attack a pair's reward before training on it: what is worth more than an honest completion?",
     "audit": "look into a run's log for a policy that games the reward",
     "bench": "measure what scoring costs, beside the naive way",
-    "doctor": "print versions, and how each model of a pair will run: what a bug report should hold",
+    "doctor": "print versions, how each model of a pair will run and what it takes: what a bug report should hold",
 }
 # Of a trainer's config, of ModelConfig and of ScriptArguments: what `train --help` shows, in this order, and the words
 # for it where theirs say less or other than what holds here.
@@ -220,6 +220,13 @@ def _bench(argv: list[str]) -> None:
         print(json.dumps(steps, indent=2)) if args.json else print_pair_step(steps)
         return
 
+    if args.workload == "memory":
+        from .bench.memory import print_memory_costs, run_memory
+
+        costs = run_memory(args.model, dtype=args.cdr_dtype, attention=args.attention, runs=args.runs)
+        print(json.dumps(costs, indent=2)) if args.json else print_memory_costs(costs)
+        return
+
     if args.workload == "adapter_pair":
         from .bench.adapter_pair import print_adapter_pair, run_adapter_pair
 
@@ -246,12 +253,13 @@ def _read_bench(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="trl-cdr bench", description=_describe("bench"))
     about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
     about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
+    about += "; memory: a pair that stays, or sleeps between calls: peaks, and seconds to wake (with llama-8b on a GPU)"
     about += "; adapter_pair: a base and an adapter on it, beside the same pair as two models"
     about += "; gaming: policies trained on the plain and on gated rewards (hours)"
     about += "; alarms: runs by which the monitor is judged, healthy and collapsing (hours; goes on where it was)"
     about += "; optimum: what a policy converges to, by weighted samples and by training (20 minutes)"
     about += "; real: a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)"
-    choices = [*WORKLOADS, "pair_step", "adapter_pair", "gaming", "alarms", "optimum", "real"]
+    choices = [*WORKLOADS, "pair_step", "adapter_pair", "memory", "gaming", "alarms", "optimum", "real"]
     parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
     parser.add_argument(
         "--model",
@@ -281,6 +289,8 @@ def _read_bench(argv: list[str]) -> argparse.Namespace:
         return args
     if args.data is not None:
         parser.error("--data goes with --workload real")
+    if args.workload == "memory" and args.cdr_strong is not None:
+        parser.error("--workload memory builds random weights: leave out --cdr_strong and --cdr_weak")
     args.model = args.model or "llama-58m"
     if args.model not in MODELS:
         parser.error(f"--model is {args.model!r}: use one of {', '.join(MODELS)}")
@@ -289,11 +299,14 @@ def _read_bench(argv: list[str]) -> argparse.Namespace:
 
 def _doctor(argv: list[str]) -> None:
     from .config import CDRConfig
-    from .doctor import examine, print_examination
+    from .doctor import DoctorArguments, examine, print_examination
 
-    groups = (Group("a pair to load and check (without one, versions alone)", CDRConfig),)
-    parsed = _parse("doctor", groups, argv) if argv else (None,)
-    print_examination(examine(parsed[0]))
+    groups = (
+        Group("what to look at", DoctorArguments),
+        Group("a pair to load and check (without one, versions alone)", CDRConfig),
+    )
+    arguments, config = _parse("doctor", groups, argv) if argv else (DoctorArguments(), None)
+    print_examination(examine(config, arguments))
 
 
 def _parse(

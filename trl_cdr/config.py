@@ -32,6 +32,7 @@ PAIR_OPTIONS = (
     "add_special_tokens",
     "max_length",
     "prefix_cache_tokens",
+    "offload",
 )
 """The options, without prefix, that say what the pair is and how it reads. Scorers that share a pair share these."""
 
@@ -39,6 +40,8 @@ _TYPICALITY = 1.5  # below minus this, in standard deviations per token, a compl
 
 # Of `from_pretrained`: whose machine it is and who asks, not which models.
 _LOCAL_ARGUMENTS = {"token", "cache_dir", "local_files_only"}
+# Of `from_pretrained`: weights under these can't be moved.
+_FIXED_WEIGHTS = ("quantization_config", "load_in_8bit", "load_in_4bit", "device_map")
 # Of `apply_chat_template`, and ours to set.
 _TEMPLATE_ARGUMENTS = {
     "add_generation_prompt",
@@ -209,6 +212,13 @@ class CDRConfig:
             "turns before the conversation."
         },
     )
+    cdr_offload: Literal["none", "cpu", "disk"] = field(
+        default="none",
+        metadata={
+            "help": "Where strong and weak, awake in turns, sleep between calls. none: they stay awake; cpu: the "
+            "host's memory; disk: their checkpoints."
+        },
+    )
     cdr_seed: int = field(
         default=0,
         metadata={"help": "Seed of what is drawn: a domain's exemplars, and the tokens of the load-time check."},
@@ -233,6 +243,11 @@ class CDRConfig:
                     f"{name}_revision is {revision!r} and {name} is missing. Pass the adapter; of one that stands in "
                     f"the place of its model the revision is {name.removesuffix('_adapter')}_revision."
                 )
+        if self.cdr_share_policy and self.cdr_offload != "none":
+            raise ConfigError(
+                f"cdr_share_policy is set and cdr_offload is {self.cdr_offload!r}: the pair stands on weights that the "
+                "policy trains on, and those stay where they are. Leave out one of the two."
+            )
         if not self.cdr_name.isidentifier():
             raise ConfigError(
                 f"cdr_name is {self.cdr_name!r}: it becomes part of a function's name. Use letters, digits and _."
@@ -242,6 +257,12 @@ class CDRConfig:
         if self.cdr_prefix_cache_tokens < 0:
             raise ConfigError(
                 f"cdr_prefix_cache_tokens is {self.cdr_prefix_cache_tokens}: it counts tokens. Use 0 or more."
+            )
+        fixed = [name for name in _FIXED_WEIGHTS if name in (self.cdr_model_init_kwargs or {})]
+        if self.cdr_offload != "none" and fixed:
+            raise ConfigError(
+                f"cdr_offload is {self.cdr_offload!r}, and cdr_model_init_kwargs has {fixed[0]!r}: weights that are "
+                "quantised or spread over devices can't be moved. Leave out one of the two."
             )
         if self.cdr_typicality is not None:
             self._read_typicality(self.cdr_typicality)

@@ -102,29 +102,29 @@ def probe(
     gate, seed = scorer.config.cdr_gate, scorer.config.cdr_seed
     scorers = {name: with_gate(scorer, name) for name in dict.fromkeys((*gates, gate)) if name != "none"}
     scorers = scorers or {"none": scorer}
-    pair = scorer.load()
-    writer = None if policy is None else load_policy(policy, scorer.config, pair)
-    on_stage("honest completions")
-    field = _gather(pair, prompts, completions, finished, scorer.route(prompts, domains))
-    field = _fill(field, writer or pair.strong, max_new_tokens=max_new_tokens, seed=seed)
-    field, left_out = _keep_scorable(scorer, field)
-    _say_what_is_missing(pair, field)
+    with scorer.use() as pair:
+        writer = None if policy is None else load_policy(policy, scorer.config, pair)
+        on_stage("honest completions")
+        field = _gather(pair, prompts, completions, finished, scorer.route(prompts, domains))
+        field = _fill(field, writer or pair.strong, max_new_tokens=max_new_tokens, seed=seed)
+        field, left_out = _keep_scorable(scorer, field)
+        _say_what_is_missing(pair, field)
 
-    attacks = _write(field, seed=seed)
-    if best_of:
-        on_stage(f"best of {best_of} samples")
-        attacks["best_of"] = write(
-            writer or pair.weak,
-            field.prompts,
-            per_prompt=best_of,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            seed=seed + 1,
-        )
-    if search_budget:
-        attacks |= _search(scorer, field, budget=search_budget, on_stage=on_stage)
-    on_stage("scores")
-    bouts = hold_bouts(scorers, field.prompts, [group[0] for group in field.honest], attacks, domains=field.domains)
+        attacks = _write(field, seed=seed)
+        if best_of:
+            on_stage(f"best of {best_of} samples")
+            attacks["best_of"] = write(
+                writer or pair.weak,
+                field.prompts,
+                per_prompt=best_of,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                seed=seed + 1,
+            )
+        if search_budget:
+            attacks |= _search(scorer, field, budget=search_budget, on_stage=on_stage)
+        on_stage("scores")
+        bouts = hold_bouts(scorers, field.prompts, [group[0] for group in field.honest], attacks, domains=field.domains)
     attacked = summarise(bouts, field.prompts)
     rates = {name: one[gate]["win"][0] for name, one in attacked.items() if name not in _NOT_JUDGED}
     worst = max(rates, key=lambda name: rates[name])

@@ -48,24 +48,24 @@ def search_tokens(
     Returns:
         `list[Completion]`: for each prompt the best that was met, of any length.
     """
-    pair = scorer.load()
-    rng = random.Random(seed)
-    allowed = _allowed_ids(pair)
-    written: list[tuple[int, ...]] = [()] * len(prompts)
-    best: list[tuple[float, Completion]] = [(-math.inf, Completion("", None))] * len(prompts)
-    for _ in range(budget // CANDIDATES):
-        proposals = _propose(pair, prompts, written, allowed, rng, token_budget=scorer.config.cdr_token_budget)
-        tried = [(place, (*written[place], id)) for place, ids in enumerate(proposals) for id in ids]
-        completions = [_finish(pair, prompts[place], ids) for place, ids in tried]
-        rewards = _rewards(scorer, [(prompts[place], domains[place]) for place, _ in tried], completions)
-        leaders: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for (place, ids), completion, reward in zip(tried, completions, rewards, strict=True):
-            if place not in leaders or reward > leaders[place][0]:
-                leaders[place] = (reward, ids)
-            if reward > best[place][0]:
-                best[place] = (reward, completion)
-        for place, (_, ids) in leaders.items():
-            written[place] = ids
+    with scorer.use() as pair:
+        rng = random.Random(seed)
+        allowed = _allowed_ids(pair)
+        written: list[tuple[int, ...]] = [()] * len(prompts)
+        best: list[tuple[float, Completion]] = [(-math.inf, Completion("", None))] * len(prompts)
+        for _ in range(budget // CANDIDATES):
+            proposals = _propose(pair, prompts, written, allowed, rng, token_budget=scorer.config.cdr_token_budget)
+            tried = [(place, (*written[place], id)) for place, ids in enumerate(proposals) for id in ids]
+            completions = [_finish(pair, prompts[place], ids) for place, ids in tried]
+            rewards = _rewards(scorer, [(prompts[place], domains[place]) for place, _ in tried], completions)
+            leaders: dict[int, tuple[float, tuple[int, ...]]] = {}
+            for (place, ids), completion, reward in zip(tried, completions, rewards, strict=True):
+                if place not in leaders or reward > leaders[place][0]:
+                    leaders[place] = (reward, ids)
+                if reward > best[place][0]:
+                    best[place] = (reward, completion)
+            for place, (_, ids) in leaders.items():
+                written[place] = ids
     return [completion for _, completion in best]
 
 

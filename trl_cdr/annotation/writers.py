@@ -56,7 +56,8 @@ def write(
     seed: int,
 ) -> list[list[Completion]]:
     """
-    Let a model write completions to each prompt. The global random state and the model are as before when it returns.
+    Let a model write completions to each prompt. The global random state and the model are as before when it returns;
+    one of a pair that sleeps is woken, and asleep again after `DensityRatioScorer.use`.
 
     Args:
         member (`Member`): The model and what encodes for it.
@@ -73,7 +74,10 @@ def write(
     encoded = [_encode(member, prompt, max_new_tokens) for prompt in prompts]
     places = [place for place, ids in enumerate(encoded) for _ in range(per_prompt) if ids]
     groups: list[list[Completion]] = [[] for _ in prompts]
+    if not places:
+        return groups
     model = member.lm.model
+    member.lm.wake()  # loading may draw numbers, and does so before the seed is set
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

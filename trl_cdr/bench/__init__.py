@@ -4,6 +4,7 @@
     naive        the oracle: full rows, full logits, float32 log_softmax
     measure      seconds, peak memory, the machine's matrix rate
     run          one workload, measured; the table
+    memory       a pair that stays on its device, or sleeps between calls
     pair_step    the step of a preference loss beside TRL's trainers
     adapter_pair a base and an adapter on it beside the same pair as two models
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..config import CDRConfig
 from ..errors import ConfigError
-from ..scoring.adapters import storage_bytes
 from ..scoring.causal_lm import CausalLM
 from ..scoring.loading import load_model
+from ..scoring.memory import measured_bytes
 from ..scoring.packing import Layout
 from ..scoring.sources import find_source
 from .measure import MB, describe_machine, measure
@@ -67,7 +67,7 @@ def run_adapter_pair(model: str, name: str | None, *, dtype: str, attention: str
         "adapter": [strong, weak],
         "merged": [CausalLM(merged, "strong", prefix_cache_tokens=TOKEN_BUDGET), other],
     }
-    held = {way: storage_bytes(lm.model for lm in pair) / MB for way, pair in pairs.items()}
+    held = {way: measured_bytes(*(lm.model for lm in pair)) / MB for way, pair in pairs.items()}
     return {
         "workload": "adapter_pair",
         "machine": describe_machine(device),

@@ -7,7 +7,7 @@ Nothing is switched: a base and each adapter on it are models of their own whose
 import copy
 import importlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -87,13 +87,6 @@ def fingerprint(model: nn.Module) -> int:
     with torch.inference_mode():
         sums = [parameter.view(kinds[parameter.itemsize]).sum(dtype=torch.int64) for parameter in model.parameters()]
         return hash(tuple(torch.stack([each.cpu() for each in sums]).tolist()))
-
-
-def storage_bytes(models: Iterable[nn.Module]) -> int:
-    """Bytes of the models' weights and buffers, those that several of them have counted once."""
-    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
 
 
 def _import_peft(why: str) -> Any:

@@ -6,7 +6,7 @@ Knows no prompt, no text and no partner: `encoding` makes the rows, `pair` holds
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,8 +21,9 @@ from .checkpoint import identify_weights
 from .forward import Decoder, Job, OwnLogits, Padded, Way
 from .load_check import FAILURES, LoadCheck, ignores_positions, short_windows
 from .loading import load_model, refuse_encoder_decoder
-from .logps import Reduce, logits_per_chunk, token_logps
-from .packed import Packed, attention_windows, why_not_packed
+from .logps import Reduce, token_logps
+from .memory import prefix_bytes, weight_bytes, work_bytes
+from .packed import Packed, why_not_packed
 from .packing import Layout
 from .sources import Adapter
 
@@ -81,6 +82,8 @@ class CausalLM:
         # Since a forward ran out of memory: tokens of one, and of a row that is packed.
         self._most_tokens: int | None = None
         self._longest_packed: float = math.inf
+        # Called before the weights are read: they may have been put to sleep; see `offload`.
+        self.wake: Callable[[], None] = _stay_awake
 
     @classmethod
     def load(
@@ -122,6 +125,11 @@ class CausalLM:
         lm.base, lm.adapter = base, adapter
         lm._weights = identify_weights(name, role, revision=revision, init_kwargs=init_kwargs)
         return lm
+
+    @property
+    def weights(self) -> str | None:
+        """Which weights were loaded, as `identify_weights` has it; `None` for a module that the caller holds."""
+        return self._weights
 
     @property
     def name(self) -> str:
@@ -167,6 +175,7 @@ class CausalLM:
         Raises:
             ModelError: a single row is too much for the memory.
         """
+        self.wake()
         with self._frozen():
             self._check()
             token_budget = self._budget(token_budget)
@@ -186,18 +195,21 @@ class CausalLM:
 
     def count_tokens(self, layout: Layout, *, token_budget: int) -> int:
         """Tokens that `per_token_logps` would run for these rows, padding included, a prefix that is kept not."""
-        with self._frozen():
-            self._check()
+        self._ensure_checked()
         token_budget = self._budget(token_budget)
         return self._tokens(self._choose(layout, token_budget), layout, token_budget)
 
     def way(self) -> tuple[str, str]:
         """How this model runs rows (`"packed"`, `"padded"` or `"row by row"`), and why not in the way before it."""
-        with self._frozen():
-            self._check()
+        self._ensure_checked()
         if self._padded is None:
             return "row by row", self._reason
         return ("padded" if self._packed is None else "packed"), self._reason
+
+    def rest(self, *, keep: bool) -> None:
+        """Have kept prefixes leave the device: for the host's memory, or for good."""
+        if self._packed is not None:
+            self._packed.rest() if keep else self._packed.drop()
 
     @property
     def keeps_prefixes(self) -> bool:
@@ -212,47 +224,22 @@ class CausalLM:
     def describe(self, *, token_budget: int) -> dict[str, Any]:
         """How the model will run, for people. `prefix_mb`: at most; `work_mb`: about, for a forward of the budget."""
         way, reason = self.way()
-        parameters = list(self.model.parameters())
         return {
             "name": self.name,
             "weights": self._weights,
             "adapter": None if self.adapter is None else self.adapter.name,
             "adapter_weights": None if self.adapter is None else self.adapter.weights,
             "architecture": type(self.model).__name__,
-            "parameters": sum(parameter.numel() for parameter in parameters),
-            "weights_mb": sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,
+            "parameters": self.model.num_parameters(),
+            "weights_mb": weight_bytes(self.model) / 2**20,
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
             "device": str(self.decoder.device),
-            "prefix_mb": self._prefix_cache_tokens * self._kept_values() * self.decoder.dtype.itemsize / 2**20,
-            "work_mb": self._work_bytes(token_budget) / 2**20,
+            "prefix_mb": prefix_bytes(self.decoder, self._packed, self._prefix_cache_tokens) / 2**20,
+            "work_mb": work_bytes(self.decoder, self._packed, token_budget, self._prefix_cache_tokens) / 2**20,
             "attention": self._config._attn_implementation,
             "way": way,
             "reason": reason,
         }
-
-    def _kept_values(self) -> int:
-        """Numbers that the keys and values of a kept token are, over all layers."""
-        if self._packed is None:
-            return 0
-        heads: int = self._config.num_attention_heads
-        size: int = getattr(self._config, "head_dim", None) or self._config.hidden_size // heads
-        kept_heads: int = getattr(self._config, "num_key_value_heads", None) or heads
-        return 2 * int(self._config.num_hidden_layers) * kept_heads * size
-
-    def _work_bytes(self, token_budget: int) -> int:
-        """
-        What a forward needs beside the weights: some hidden states, a layer's inner ones and a chunk of logits; of a
-        pack also its masks, its keys and values, and a copy of those that are kept before it.
-        """
-        tokens, size = self.decoder.batch_tokens(token_budget), self.decoder.dtype.itemsize
-        hidden: int = self._config.hidden_size
-        inner: int = getattr(self._config, "intermediate_size", None) or 4 * hidden
-        work = tokens * (6 * hidden + 3 * inner) * size + 3 * 4 * logits_per_chunk(self.decoder.device)
-        if self._packed is not None:
-            limits = self._packed.limits(token_budget)
-            work += len(attention_windows(self._config)) * limits.entries * (size + 1)  # a boolean one beside each
-            work += (limits.most(0) + self._prefix_cache_tokens) * self._kept_values() * size
-        return work
 
     def _choose(self, layout: Layout, token_budget: int) -> Way:
         """The way that runs fewer tokens. Depends on the rows alone, so that scores do not depend on the cache."""
@@ -347,6 +334,12 @@ class CausalLM:
             for module in training:
                 module.training = True
 
+    def _ensure_checked(self) -> None:
+        if not self._is_checked:
+            self.wake()
+            with self._frozen():
+                self._check()
+
     def _check(self) -> None:
         """Keep the ways that give the model's own log-probabilities on a few short rows."""
         if self._is_checked:
@@ -393,6 +386,10 @@ class CausalLM:
         level = logging.WARNING if name == "row by row" else logging.INFO
         because = f", not in the faster way: {reason}" if reason else ""
         logger.log(level, "%s (%s, %s) runs %s%s.", self._role, self.name, type(self.model).__name__, name, because)
+
+
+def _stay_awake() -> None:
+    """For weights that nobody puts to sleep."""
 
 
 def _text_config(model: nn.Module, role: str) -> PretrainedConfig:

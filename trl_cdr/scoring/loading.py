@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..errors import ConfigError, ModelError
 
@@ -29,7 +30,7 @@ def load_model(
     Load a causal language model, in evaluation mode and without gradients. Arguments and errors: see `CausalLM.load`.
     """
     _refuse_partial_weights(role)
-    place = _find_device(device)
+    place = find_device(device)
     loading = {
         "revision": revision,
         "dtype": _choose_dtype(dtype, place),
@@ -42,6 +43,8 @@ def load_model(
     old_name = loading.pop("torch_dtype", None)
     loading["dtype"] = old_name or loading["dtype"]
     try:
+        if isinstance(loading.get("quantization_config"), Mapping):  # of YAML, the command line, the environment
+            loading["quantization_config"] = AutoQuantizationConfig.from_dict(dict(loading["quantization_config"]))
         config = AutoConfig.from_pretrained(name, **hub_kwargs(loading))
         refuse_encoder_decoder(config, role)
         cuda = [place.index or 0] if place.type == "cuda" else []
@@ -96,7 +99,13 @@ def refuse_encoder_decoder(config: PretrainedConfig, role: str) -> None:
         )
 
 
-def _find_device(device: str) -> torch.device:
+def find_device(device: str) -> torch.device:
+    """
+    What `cdr_device` stands for.
+
+    Raises:
+        ConfigError: torch does not know it.
+    """
     if device == "auto":
         return cast(torch.device, PartialState().device)
     try:
@@ -105,6 +114,14 @@ def _find_device(device: str) -> torch.device:
         raise ConfigError(
             f"cdr_device is {device!r}, which torch does not know. Use auto, cpu or cuda:0, say."
         ) from error
+
+
+def expected_dtype(config: PretrainedConfig, dtype: str, device: torch.device) -> torch.dtype:
+    """The type that weights will be loaded in, by a checkpoint's config; float32 where that names none."""
+    chosen = _choose_dtype(dtype, device)
+    if chosen == "auto":
+        chosen = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
+    return getattr(torch, chosen) if isinstance(chosen, str) else chosen
 
 
 def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype | str:

@@ -124,6 +124,11 @@ class Packed:
         self.forget()
         self._kept.clear()
 
+    def rest(self) -> None:
+        """Have what is kept leave the device for the host's memory, until it is needed again."""
+        self.forget()
+        self._kept.move(torch.device("cpu"))
+
     @property
     def _attends_by_tree(self) -> bool:
         is_sdpa = self._decoder.config._attn_implementation == "sdpa"
@@ -152,10 +157,12 @@ class Packed:
                 self._held[ids] = self._extend(before, len(layout.prefix), stem, chunk)
             else:
                 key = (chunk, ids)  # other chunks give other bits
-                states = self._kept.get(key) or self._extend([], 0, ids, chunk)
-                if layout.constant:
-                    self._kept.put(key, states)
-                self._held[ids] = states
+                states = self._kept.get(key)
+                if states is None:
+                    states = self._extend([], 0, ids, chunk)
+                    if layout.constant:
+                        self._kept.put(key, states)
+                self._held[ids] = _move(states, self._decoder.device)
         return self._held[ids]
 
     def _extend(self, before: KeyValues, num_before: int, ids: tuple[int, ...], chunk: int) -> KeyValues:
@@ -195,6 +202,10 @@ class _PrefixStore:
         while sum(len(ids) for _, ids in self._states) > self.max_tokens:
             self._states.popitem(last=False)
 
+    def move(self, device: torch.device) -> None:
+        for key, states in self._states.items():
+            self._states[key] = _move(states, device)
+
     def clear(self) -> None:
         self._states.clear()
 
@@ -224,6 +235,10 @@ def why_not_packed(decoder: Decoder) -> str | None:
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"its attention ({config._attn_implementation}) takes no mask of ours"
     return None
+
+
+def _move(states: KeyValues, device: torch.device) -> KeyValues:
+    return [(keys.to(device, non_blocking=True), values.to(device, non_blocking=True)) for keys, values in states]
 
 
 def _fill(states: KeyValues) -> DynamicCache:

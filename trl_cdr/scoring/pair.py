@@ -6,8 +6,10 @@ Knows no conversation and no score: `scorer` asks it for two encoders and two mo
 import logging
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from ..conditioning.criteria import Conditioning
 from ..config import CDRConfig
 from ..errors import ConfigError, ModelError
 from .causal_lm import CausalLM
+from .checkpoint import read_config
 from .encoding import Completion, Encoder, Prompt, Row, Unscorable, fit, own_chat_template, vocabulary_hash
 from .loading import hub_kwargs
 from .logps import Reduce, token_logps
+from .offload import Bed, OnDisk, OnHost, Turns, check_movable, has_own_memory, reload_model
 from .packing import Group, common_prefix
 from .policy_base import PolicyBase, check_shared
 from .sources import Source, find_source, find_sources, share_base
@@ -165,11 +169,19 @@ class PairSource:
 
     Attributes:
         lock (`RLock`): Held by whoever uses the models.
+        turns (`Turns`): Whose weights are awake, where `cdr_offload` puts them to sleep between calls.
     """
 
     def __init__(self, config: CDRConfig, models: dict[str, Any], tokenizers: dict[str, Any]) -> None:
         self.config = config
         self.lock = threading.RLock()
+        self.turns = Turns()
+        for role, model in models.items():
+            if isinstance(model, nn.Module) and config.cdr_offload != "none":
+                raise ConfigError(
+                    f"offload is {config.cdr_offload!r}, and {role} is a loaded {type(model).__name__}: models that "
+                    "are passed as objects are not moved. Pass its name or path, or leave offload out."
+                )
         self._models = models
         self._tokenizers = tokenizers
         self._pair: Pair | None = None
@@ -187,9 +199,15 @@ class PairSource:
             with self.lock:
                 self._policy = weakref.ref(policy)
 
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Keep the models to this thread, for a call at whose end they may go to sleep."""
+        with self.lock, self.turns.call():
+            yield
+
     def get(self) -> Pair:
         """
-        The pair.
+        The pair; asked for within `use`.
 
         Raises:
             ConfigError: a model that was passed as an object did not survive pickling, or with `cdr_share_policy` there
@@ -205,8 +223,9 @@ class PairSource:
                             f"{role} was a loaded model, and loaded models are not pickled. Build the scorer or reward "
                             "in the process that uses it, or pass a name or a path."
                         )
+                self.turns.clear()  # of a pair of which one could not be loaded
                 base = None if self._base is None else self._base.model
-                self._pair = load_pair(self.config, **self._models, **self._tokenizers, base=base)
+                self._pair = load_pair(self.config, **self._models, **self._tokenizers, base=base, turns=self.turns)
             return self._pair
 
     def _find_base(self) -> None:
@@ -237,6 +256,7 @@ class PairSource:
         """Let go of the models and of all that is kept for them, an accelerator's cached memory too."""
         with self.lock:
             self._pair = self._base = None
+            self.turns.clear()
             clear_device_cache(garbage_collection=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -298,6 +318,7 @@ def load_pair(
     strong_tokenizer: PreTrainedTokenizerBase | None = None,
     weak_tokenizer: PreTrainedTokenizerBase | None = None,
     base: nn.Module | None = None,
+    turns: Turns | None = None,
 ) -> Pair:
     """
     Load what is a name, take what is a module, and check that the two can be compared.
@@ -307,9 +328,11 @@ def load_pair(
         strong, weak (`str` or `nn.Module`): Name, path or loaded model; `check_sources` has passed.
         strong_tokenizer, weak_tokenizer: Loaded tokenizers; each model's own if `None`.
         base (`nn.Module`, *optional*): The policy's, to be used in place of one that is loaded.
+        turns (`Turns`, *optional*): Who wakes models that `cdr_offload` puts to sleep.
 
     Raises:
-        ConfigError: `cdr_max_length` exceeds a model's positions, or the policy's base is not the pair's.
+        ConfigError: `cdr_max_length` exceeds a model's positions, `cdr_offload` asks for what can't be moved, or the
+            policy's base is not the pair's.
         ModelError: a model or tokenizer can't be loaded or can't serve.
     """
     models = {"strong": strong, "weak": weak}
@@ -323,7 +346,7 @@ def load_pair(
     templates = [given or own_chat_template(tokenizer) for tokenizer in tokenizers.values()]
     if base is not None:
         check_shared(config, sources, base)
-    lms = _load_models(config, models, sources, base=base)
+    lms = _load_models(config, models, sources, base=base, turns=turns or Turns())
     members = []
     for (role, tokenizer), template, other in zip(tokenizers.items(), templates, reversed(templates), strict=True):
         encoder = Encoder(
@@ -335,6 +358,11 @@ def load_pair(
         )
         _check_embeddings(lms[role], tokenizer, role)
         members.append(Member(lms[role], encoder, _choose_max_length(config, lms[role], role)))
+    if config.cdr_offload == "cpu" and not has_own_memory(members[0].lm.decoder.device):
+        logger.warning(
+            "cdr_offload is 'cpu', and the pair's device is the CPU: there is nowhere else to go, and it stays awake. "
+            "cdr_offload='disk' lets go of its weights between calls."
+        )
     return Pair(*members)
 
 
@@ -366,32 +394,71 @@ def _find_sources(config: CDRConfig, models: dict[str, str | nn.Module]) -> dict
 
 
 def _load_models(
-    config: CDRConfig, models: dict[str, str | nn.Module], sources: dict[str, Source], *, base: nn.Module | None
+    config: CDRConfig,
+    models: dict[str, str | nn.Module],
+    sources: dict[str, Source],
+    *,
+    base: nn.Module | None,
+    turns: Turns,
 ) -> dict[str, CausalLM]:
-    """Strong and weak; a base of both is loaded once."""
+    """Strong and weak; a base of both is loaded once, and sleeps in one bed."""
     is_shared = len(sources) == 2 and share_base(config, sources)
     adapters = {source.adapter.weights if source.adapter else None for source in sources.values()}
     if is_shared and len(adapters) == 1:
         logger.warning("strong and weak are both %r: every log-ratio will be 0.", models["strong"])
     lms: dict[str, CausalLM] = {}
+    bed: Bed | None = None
     for role, model in models.items():
         if isinstance(model, nn.Module):  # the caller may change its weights: nothing of them is kept between calls
             lms[role] = CausalLM(model, role, seed=config.cdr_seed)
             continue
         source = sources[role]
-        lms[role] = CausalLM.load(
+        held = lms["strong"].base if is_shared and lms else base
+        if held is None:
+            _check_movable(config, source, role)
+            turns.sleep()  # the other one's memory is needed; a base of both stays awake, to be read
+        lm = lms[role] = CausalLM.load(
             source.name,
             role,
-            revision=source.revision,
-            dtype=config.cdr_dtype,
-            device=config.cdr_device,
-            init_kwargs=config.cdr_model_init_kwargs,  # type: ignore[arg-type]
+            **_loading(config, source),
             adapter=source.adapter,
-            base=lms["strong"].base if is_shared and lms else base,
+            base=held,
             prefix_cache_tokens=config.cdr_prefix_cache_tokens,
             seed=config.cdr_seed,
         )
+        if held is None:
+            bed = _make_bed(config, lm, source, role)
+        if bed is not None:
+            turns.add(bed, partial(lm.rest, keep=config.cdr_offload == "cpu"))
+            lm.wake = partial(turns.wake, bed)
     return lms
+
+
+def _loading(config: CDRConfig, source: Source) -> dict[str, Any]:
+    return {
+        "revision": source.revision,
+        "dtype": config.cdr_dtype,
+        "device": config.cdr_device,
+        "init_kwargs": config.cdr_model_init_kwargs,
+    }
+
+
+def _check_movable(config: CDRConfig, source: Source, role: str) -> None:
+    if config.cdr_offload != "none":
+        init_kwargs: Any = config.cdr_model_init_kwargs
+        found = read_config(source.name, role, revision=source.revision, init_kwargs=init_kwargs)
+        check_movable(config.cdr_offload, role, source.name, found)
+
+
+def _make_bed(config: CDRConfig, lm: CausalLM, source: Source, role: str) -> Bed | None:
+    """Where a model's weights sleep that was just loaded, if they do; of an adapted one the base's."""
+    assert lm.base is not None
+    if config.cdr_offload == "disk":
+        reload = partial(reload_model, source.name, role, weights=str(lm.weights), **_loading(config, source))
+        return OnDisk(lm.base, reload)
+    if config.cdr_offload == "cpu" and has_own_memory(lm.decoder.device):
+        return OnHost(lm.base, role)
+    return None
 
 
 def _check_embeddings(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, role: str) -> None:

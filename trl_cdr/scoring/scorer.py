@@ -6,7 +6,8 @@ Adapters (`training.reward`, the command line) turn scores into what their calle
 import logging
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,11 +19,11 @@ from ..conditioning.criteria import Conditioning, Criteria
 from ..conditioning.router import NoDomain, Router, confusion
 from ..config import PAIR_OPTIONS, CDRConfig
 from ..errors import ConfigError, InputError
-from .adapters import storage_bytes
 from .completions import CompletionReader
 from .encoding import Completion, Message, Prompt, Row, Unscorable, shorten
 from .gate import gate_statistics
 from .logps import token_logps
+from .memory import weight_bytes
 from .packing import Layout, group_rows
 from .pair import Pair, PairSource, check_adapters, check_sources, load_tokenizer
 from .score import Score, score_from_logps
@@ -151,7 +152,7 @@ class DensityRatioScorer:
         ids = None if completion_ids is None else _check_ids(completion_ids)
         if len(prompts) == 0:
             return []
-        with self._source.lock:
+        with self._source.use():
             found = self._route(prompts, domains)
             conditioned, conditionings = self._condition(prompts, found)
             pair, reader = self._load()
@@ -208,7 +209,7 @@ class DensityRatioScorer:
         """As `route`, with the reason where there is no domain; `None` without criteria."""
         if self.router is None:
             return [None] * len(prompts) if domains is None else list(domains)
-        with self._source.lock:  # the router remembers
+        with self._source.use():  # the router remembers
             return self.router.route(prompts, domains, self._score_labels)
 
     def confusion(self, prompts: Sequence[Prompt], domains: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -242,7 +243,7 @@ class DensityRatioScorer:
 
     def _score_labels(self, texts: Sequence[str], labels: Sequence[str]) -> list[list[float] | None]:
         """The strong model's mean log-probability of each label's tokens as the completion of each text, nats."""
-        with self._source.lock:
+        with self._source.use():
             member = self._load()[0].strong
             is_chat = member.encoder.chat_template is not None
             rows: dict[int, list[Row]] = {}
@@ -287,14 +288,26 @@ class DensityRatioScorer:
 
     def load(self) -> Pair:
         """
-        Load the pair now, where the first call to `score` would, and return it.
+        Load the pair now, where the first call to `score` would, and return it. To run it, see `use`.
 
         Raises:
             ConfigError: a model that was passed as an object did not survive pickling.
             ModelError: a model or tokenizer can't be loaded or can't serve.
         """
-        with self._source.lock:
-            return self._load()[0]
+        with self.use() as pair:
+            return pair
+
+    @contextmanager
+    def use(self) -> Iterator[Pair]:
+        """
+        Keep the pair to this thread, to have it run otherwise than by `score`; loaded where it is not yet. Models that
+        `cdr_offload` puts to sleep are woken as they are run, and asleep at the end.
+
+        Raises:
+            ConfigError, ModelError: as `load`.
+        """
+        with self._source.use():
+            yield self._load()[0]
 
     def _load(self) -> tuple[Pair, CompletionReader]:
         if self.config.cdr_policy_tokenizer is not None and self._policy is None:
@@ -328,12 +341,12 @@ class DensityRatioScorer:
         Raises:
             ConfigError, ModelError: as `load`.
         """
-        with self._source.lock:
+        with self._source.use():
             pair, _ = self._load()
             return {
                 "strong": pair.strong.describe(token_budget=self.config.cdr_token_budget),
                 "weak": pair.weak.describe(token_budget=self.config.cdr_token_budget),
-                "weights_mb": storage_bytes([pair.strong.lm.model, pair.weak.lm.model]) / 2**20,
+                "weights_mb": weight_bytes(pair.strong.lm.model, pair.weak.lm.model) / 2**20,
                 "shares_vocabulary": pair.shares_vocabulary,
                 "reads_alike": pair.reads_alike,
                 "gate": self.config.cdr_gate,
@@ -342,6 +355,14 @@ class DensityRatioScorer:
     def unload(self) -> None:
         """Let go of the pair and of the prefixes kept for it, for all who share it; the next call loads it again."""
         self._source.unload()
+
+    @property
+    def moving_seconds(self) -> float | None:
+        """
+        What this thread has spent on waking the pair and putting it to sleep since the pair was loaded; `None` with
+        `cdr_offload="none"`.
+        """
+        return None if self.config.cdr_offload == "none" else self._source.turns.seconds
 
     def modules(self) -> list[nn.Module]:
         """The models that were passed as objects."""

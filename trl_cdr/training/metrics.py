@@ -25,6 +25,8 @@ class Call:
         scores (`list[Score]`): One for each completion.
         rewards (`list[float | None]`): What the trainer got.
         seconds (`float`): Wall time of the call.
+        wake_seconds (`float`, *optional*): Of these, for waking the pair and putting it to sleep; `None` where it is
+            always awake.
     """
 
     prompts: Sequence[Prompt]
@@ -33,6 +35,7 @@ class Call:
     scores: list[Score]
     rewards: list[float | None]
     seconds: float
+    wake_seconds: float | None = None
 
 
 Sums = dict[str, tuple[float, float]]
@@ -48,7 +51,8 @@ def call_metrics(call: Call) -> dict[str, float]:
         `dict`: `strong_logps`, `weak_logps` (means, nats a completion), `strong_logps_per_token`, `log_ratio_std`
         (nats), `tokens` (mean), of the gate `surprise` and `survival` (means, nats) or `typicality` (mean), the shares
         `truncated`, `unscorable`, `gated`, `ties` (of the completions of one prompt, pairs with equal rewards) and
-        `distinct_tokens` (of each completion's tokens), the `length_correlation` of reward and tokens, and `seconds`.
+        `distinct_tokens` (of each completion's tokens), the `length_correlation` of reward and tokens, and `seconds`,
+        with `cdr_offload` also `wake_seconds`.
     """
     return means(call_sums(call))
 
@@ -80,6 +84,7 @@ def call_sums(call: Call) -> Sums:
         "distinct_tokens": _sum([len(set(tokens)) / len(tokens) for tokens in said if len(tokens)]),
         "length_correlation": _correlation([reward or 0.0 for reward in rewards], lengths),
         "seconds": (call.seconds, 1),
+        **({} if call.wake_seconds is None else {"wake_seconds": (call.wake_seconds, 1)}),
     }
 
 

@@ -33,7 +33,7 @@ class CDRReward:
     the paper's plain ratio): a policy that writes what neither model knows finds no reward there.
 
     Pass it as `reward_funcs=` to `OnlineDPOTrainer`, `GRPOTrainer` or `RLOOTrainer`. The pair is loaded inside the
-    first call, on the trainer process's own device, and stays there.
+    first call, on the trainer process's own device, and stays there, or sleeps between calls (`offload`).
 
     Args:
         strong, weak (`str` or `nn.Module`): Better and less aligned model: a name, a path, or a loaded model, which is
@@ -155,7 +155,7 @@ class CDRReward:
         trainer = _compat.trainer_behind(log_metric)
         if trainer is not None:
             self._meet(trainer)
-        started = time.perf_counter()
+        started, moved = time.perf_counter(), self.scorer.moving_seconds
         domains = None if self.scorer.router is None else self.scorer.router.read_column(columns)
         scores = self.scorer.score(prompts, completions, completion_ids=completion_ids, domains=domains)
         self._warn(scores)
@@ -164,7 +164,8 @@ class CDRReward:
         )
         if scores and (log_metric is not None or log_extra is not None or self._observers):
             tokens = completion_ids if completion_ids is not None else [str(said).split() for said in completions]
-            call = Call(prompts, completions, list(tokens), scores, rewards, time.perf_counter() - started)
+            moving = None if moved is None else (self.scorer.moving_seconds or 0.0) - moved
+            call = Call(prompts, completions, list(tokens), scores, rewards, time.perf_counter() - started, moving)
             self._report(call, log_metric, log_extra)
         return rewards
 

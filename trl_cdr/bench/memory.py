@@ -1,0 +1,160 @@
+"""What it costs to hold a pair in less memory: each way's peak, its time to label, and to wake and fall asleep.
+
+Random weights of one shape, a call as a step of training makes it. The peak holds the weights, unlike the other
+workloads' peaks, and only what is on the device.
+"""
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..scoring.causal_lm import CausalLM
+from ..scoring.loading import load_model
+from ..scoring.memory import measured_bytes
+from ..scoring.offload import Bed, OnDisk, OnHost, Turns
+from ..scoring.packing import Layout
+from .measure import MB, describe_machine, measure
+from .run import TOKEN_BUDGET
+from .workloads import Shape, build_model
+
+_ROLES = ("strong", "weak")
+_SHAPES = {
+    "cpu": Shape(0, 2, prompts=2),
+    "cuda": Shape(0, 8, prompts=8, prompt=256, shortest=128, longest=256),
+}
+
+
+class _Timed:
+    """A bed that notes the seconds of each waking and each falling asleep."""
+
+    def __init__(self, bed: Bed) -> None:
+        self._bed = bed
+        self.woke: list[float] = []
+        self.slept: list[float] = []
+
+    def wake(self) -> None:
+        self._note(self._bed.wake, self.woke)
+
+    def sleep(self) -> None:
+        self._note(self._bed.sleep, self.slept)
+
+    def _note(self, move: Callable[[], None], seconds: list[float]) -> None:
+        started = time.perf_counter()
+        move()
+        seconds.append(time.perf_counter() - started)
+
+
+def run_memory(model: str, *, dtype: str, attention: str, runs: int = 5) -> dict[str, Any]:
+    """
+    Measure a pair that stays, one that sleeps on the host, and one that sleeps on disk.
+
+    Args:
+        model (`str`): One of `MODELS`, built twice with random weights; on disk it is saved twice, in a folder of the
+            system's for temporary files.
+        dtype (`str`): `"auto"` is float32 on the CPU and bfloat16 on a GPU.
+        attention (`str`): Attention implementation.
+        runs (`int`, *optional*, defaults to 5): Calls after the first; seconds are their medians.
+
+    Returns:
+        `dict`: `workload`, `machine`, `dtype`, `rows`, `pair_mb` (both models' weights), and `cases`: for each `label`,
+        `between_mb` (on the device between calls), `peak_mb` (within the first; a CPU's allocator knows nothing of
+        files that are mapped, so that on disk it is too small there), `host_mb`, `seconds` (of a call) and of
+        these `wake_seconds` and `sleep_seconds` (both models').
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    shape = _SHAPES[device]
+    build = partial(build_model, model, device=device, dtype=getattr(torch, dtype), attention=attention)
+    cases: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / role for role in _ROLES]
+        loading: dict[str, Any] = {"dtype": dtype, "device": device, "init_kwargs": {"attn_implementation": attention}}
+        for label, place in (("two copies", "none"), ("asleep on the host", "cpu"), ("asleep on disk", "disk")):
+            turns = Turns()
+            lms: list[CausalLM] = []
+            beds: list[_Timed] = []
+            for seed, (role, folder) in enumerate(zip(_ROLES, folders, strict=True)):
+                turns.sleep()
+                lms.append(CausalLM(build(seed=seed), role))
+                if place != "none":
+                    beds.append(_put_to_bed(lms[-1], role, place, folder, turns, loading))
+            cases.append({"label": label, **_measure(lms, beds, turns, shape, device=device, runs=runs)})
+            cases[-1]["host_mb"] = cases[0]["between_mb"] if place == "cpu" else 0.0
+            del lms, beds, turns
+            gc.collect()
+    return {
+        "workload": "memory",
+        "machine": describe_machine(device),
+        "dtype": dtype,
+        "rows": shape.label,
+        "pair_mb": cases[0]["between_mb"],
+        "cases": cases,
+    }
+
+
+def print_memory_costs(result: dict[str, Any]) -> None:
+    """The result as a table on stdout."""
+    table = Table(title=f"memory: {result['rows']}; {result['dtype']}", title_justify="left")
+    headings = ("between calls MB", "peak MB", "host MB", "a call s", "waking s", "falling asleep s")
+    table.add_column("the pair", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for case in result["cases"]:
+        sizes = (f"{case[name]:,.0f}" for name in ("between_mb", "peak_mb", "host_mb"))
+        seconds = (f"{case[name]:.3g}" for name in ("seconds", "wake_seconds", "sleep_seconds"))
+        table.add_row(case["label"], *sizes, *seconds)
+    machine = result["machine"]
+    console = Console(width=max(120, Console().width))
+    console.print(table)
+    console.print(
+        f"MB of the device, weights included. {machine['device']}, {machine['threads']} threads; torch "
+        f"{machine['torch']}, transformers {machine['transformers']}.",
+        soft_wrap=True,
+    )
+
+
+def _put_to_bed(lm: CausalLM, role: str, place: str, folder: Path, turns: Turns, loading: Mapping[str, Any]) -> _Timed:
+    """Where a model sleeps from now on; as `pair` does it."""
+    if place == "disk":
+        lm.model.save_pretrained(folder)
+        bed = _Timed(OnDisk(lm.model, partial(load_model, str(folder), role, **loading)))
+    else:
+        bed = _Timed(OnHost(lm.model, role))
+    turns.add(bed, partial(lm.rest, keep=place == "cpu"))
+    lm.wake = partial(turns.wake, bed)
+    return bed
+
+
+def _measure(
+    lms: Sequence[CausalLM], beds: Sequence[_Timed], turns: Turns, shape: Shape, *, device: str, runs: int
+) -> dict[str, float]:
+    layout = Layout(shape.rows(min(lm.num_embeddings for lm in lms)))
+
+    def call() -> None:
+        with turns.call():
+            for lm in lms:
+                lm.per_token_logps(layout, token_budget=TOKEN_BUDGET)
+
+    call()  # the check at load, and the copy on the host
+    between = sum(measured_bytes(lm.model) for lm in lms) / MB
+    for bed in beds:
+        bed.woke.clear()
+        bed.slept.clear()
+    cost = measure({"call": call}, device=device, runs=runs)["call"]
+    return {
+        "between_mb": between,
+        "peak_mb": between + cost.peak_mb,
+        "seconds": cost.warm,
+        "wake_seconds": sum(median(bed.woke) for bed in beds),
+        "sleep_seconds": sum(median(bed.slept) for bed in beds),
+    }
