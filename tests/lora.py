@@ -6,8 +6,14 @@ from pathlib import Path
 
 import peft
 import torch
+from tiny import chat
 from transformers import AutoModelForCausalLM
 
+from trl_cdr import Criteria, DomainCriteria
+
+CRITERIA = Criteria({"quick": DomainCriteria("the quick brown fox is quick and brown, and jumps over a lazy dog " * 2)})
+PROMPTS = [chat("hello world"), chat("hello world"), chat("what is this and that"), chat("the quick " * 9)]
+COMPLETIONS = ["this and that", "brown fox jumps over", "a lazy dog", "hello"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora import adapt, save_adapter, save_merged
+from lora import COMPLETIONS, CRITERIA, PROMPTS, adapt, save_adapter, save_merged
 from safetensors.torch import load_file, save_file
-from tiny import chat, llama
+from tiny import llama
 
-from trl_cdr import ConfigError, Criteria, DensityRatioScorer, DomainCriteria, ModelError
+from trl_cdr import ConfigError, DensityRatioScorer, ModelError
 from trl_cdr.config import CDRConfig
 from trl_cdr.scoring.adapters import fingerprint, view
 from trl_cdr.scoring.causal_lm import CausalLM
@@ -18,9 +18,6 @@ from trl_cdr.scoring.memory import measured_bytes
 from trl_cdr.scoring.sources import find_source
 
 pytestmark = pytest.mark.compat
-CRITERIA = Criteria({"quick": DomainCriteria("the quick brown fox is quick and brown, and jumps over a lazy dog " * 2)})
-PROMPTS = [chat("hello world"), chat("hello world"), chat("what is this and that"), chat("the quick " * 9)]
-COMPLETIONS = ["this and that", "brown fox jumps over", "a lazy dog", "hello"]
 
 
 @pytest.fixture(scope="module")

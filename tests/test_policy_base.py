@@ -7,11 +7,10 @@ import shutil
 
 import pytest
 import torch
-from lora import adapt, save_adapter
-from tiny import chat
+from lora import COMPLETIONS, CRITERIA, PROMPTS, adapt, save_adapter
 from transformers import AutoModelForCausalLM
 
-from trl_cdr import ConfigError, Criteria, DensityRatioScorer, DomainCriteria, ModelError
+from trl_cdr import ConfigError, DensityRatioScorer, ModelError
 from trl_cdr.scoring.memory import measured_bytes
 
 # peft 0.21 reads what transformers 5 deprecates
@@ -19,9 +18,6 @@ pytestmark = [
     pytest.mark.compat,
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),
 ]
-CRITERIA = Criteria({"quick": DomainCriteria("the quick brown fox is quick and brown, and jumps over a lazy dog " * 2)})
-PROMPTS = [chat("hello world"), chat("hello world"), chat("what is this and that"), chat("the quick " * 9)]
-COMPLETIONS = ["this and that", "brown fox jumps over", "a lazy dog", "hello"]
 
 
 @pytest.fixture(scope="module")
