@@ -30,7 +30,7 @@ SEEDS = (0, 1)
 GATES = ("none", "typicality", "surprise")
 REWARDS = ("surprise", "gold", "random", "none")
 """The pair's reward behind a gate, gold itself (the upper bound), and a control."""
-_DEMO: dict[str, Any] = {"tasks": 192, "samples": 3}  # tasks that strong is tuned on, completions to a held-out task
+_DEMO: dict[str, Any] = {"tasks": 240, "samples": 3}  # tasks that strong is tuned on, completions to a held-out task
 _WHOLE: dict[str, Any] = {"tasks": len(real_world.TRAIN), "samples": 8, "again": True}
 
 
