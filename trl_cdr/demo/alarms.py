@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..annotation.score_folder import write_json
 from ..training.metrics import call_metrics
 from ..training.monitor import Monitor
 from . import gaming, models
@@ -131,10 +132,7 @@ def run_alarms(folder: str | Path, *, seeds: Sequence[int] = SEEDS) -> list[Outc
                 for gate in gates:
                     path = folder / f"{name}-{gate}-{seed}.json"
                     if not path.exists():
-                        text = json.dumps(record(name, gate=gate, seed=seed))
-                        scratch = path.with_suffix(".part")
-                        scratch.write_text(text)
-                        scratch.replace(path)
+                        write_json(path, record(name, gate=gate, seed=seed))
     return judge_all(folder.glob("*.json"))
 
 

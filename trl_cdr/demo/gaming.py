@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from ..annotation.probe import GATES
 from ..scoring.rewards import rewards_from_scores
 from ..scoring.scorer import DensityRatioScorer
 from ..training.metrics import Call
@@ -30,7 +31,6 @@ from .foresight import FIGURES, correlate, probe_pair
 from .story import TINY_RUN, Reward, gold_reward, quiet_trl, train_policy, train_with, versions
 
 SEEDS = (0, 1, 2)
-GATES = ("none", "typicality", "surprise")
 _GOLD = "gold"
 
 _ATTACKS = {

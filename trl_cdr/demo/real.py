@@ -8,7 +8,6 @@ The tasks are `real_world`'s, the models `real_models`'. No reward sees gold but
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..annotation.attacks import ATTACKS
+from ..annotation.probe import GATES
+from ..annotation.score_folder import write_json
 from ..errors import ConfigError
 from ..scoring.checkpoint import identify_weights
 from ..scoring.scorer import DensityRatioScorer
@@ -27,7 +28,6 @@ from .smollm import build_smollm
 from .story import Reward, random_reward, versions
 
 SEEDS = (0, 1)
-GATES = ("none", "typicality", "surprise")
 REWARDS = ("surprise", "gold", "random", "none")
 """The pair's reward behind a gate, gold itself (the upper bound), and a control."""
 _DEMO: dict[str, Any] = {"tasks": 240, "samples": 3}  # tasks that strong is tuned on, completions to a held-out task
@@ -57,7 +57,7 @@ class Parts:
                 "another folder."
             )
         self.settings = settings
-        self._write(path, settings)
+        write_json(path, settings)
 
     def run(self, name: str, measure: Callable[[], Any]) -> Any:
         """The part's result: what `measure` returns, with its `seconds`."""
@@ -65,14 +65,8 @@ class Parts:
         if not path.is_file():
             started = time.perf_counter()
             result = measure()
-            self._write(path, result | {"seconds": round(time.perf_counter() - started, 1)})
+            write_json(path, result | {"seconds": round(time.perf_counter() - started, 1)})
         return json.loads(path.read_text(encoding="utf-8"))
-
-    @staticmethod
-    def _write(path: Path, content: dict[str, Any]) -> None:
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
 
 
 class Lab:
