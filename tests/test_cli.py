@@ -189,8 +189,11 @@ def test_bench_of_memory(capsys, monkeypatch):
     monkeypatch.setitem(workloads.MODELS, "llama-58m", {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2})
     main(["bench", "--workload", "memory", "--runs", "1", "--json"])
     result = json.loads(capsys.readouterr().out)
-    stays, on_host, on_disk = result["cases"]
-    assert [case["label"] for case in result["cases"]] == ["two copies", "asleep on the host", "asleep on disk"]
+    stays, on_host, on_disk, one_base, policys = result["cases"]
+    assert [case["label"] for case in result["cases"]] == [
+        *("two copies", "asleep on the host", "asleep on disk"),
+        *("one base, an adapter", "on the policy's base"),
+    ]
     assert stays["between_mb"] == pytest.approx(result["pair_mb"])
     assert on_host["between_mb"] < 0.01 * result["pair_mb"]
     assert on_disk["between_mb"] < 0.01 * result["pair_mb"]
@@ -199,8 +202,13 @@ def test_bench_of_memory(capsys, monkeypatch):
     for case in (on_host, on_disk):
         assert 0 < case["wake_seconds"] < case["seconds"]
     assert on_host["peak_mb"] < stays["peak_mb"] - 0.4 * result["pair_mb"]
+    assert one_base["between_mb"] < 0.8 * result["pair_mb"]  # at this size an adapter is large
+    for size in ("between_mb", "peak_mb"):
+        assert policys[size] == pytest.approx(one_base[size] - 0.5 * result["pair_mb"], abs=0.05 * result["pair_mb"])
     main(["bench", "--workload", "memory", "--runs", "1"])
-    assert "asleep on disk" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "asleep on disk" in printed
+    assert "on the policy's base" in printed
     assert "builds random weights" in fails(
         capsys, ["bench", "--workload", "memory", "--cdr_strong", "a", "--cdr_weak", "b"]
     )

@@ -13,11 +13,12 @@ import torch
 from datasets import Dataset
 from tiny import TRAINING, chat, llama
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from trl_cdr import CDRCallback, CDRReward, OnlinePreferenceConfig, OnlinePreferenceTrainer
 from trl_cdr.scoring.score import Score
+from trl_cdr.training.audit import audit
 from trl_cdr.training.gaming_watch import paid_best
 from trl_cdr.training.metrics import Call
 
@@ -87,9 +88,10 @@ def run(name, folder, checkpoints, tokenizer, *, on_gaming="warn", resume=None, 
     else:
         config, kind = {
             "grpo": (GRPOConfig, GRPOTrainer),
+            "rloo": (RLOOConfig, RLOOTrainer),
             "online_preference": (OnlinePreferenceConfig, OnlinePreferenceTrainer),
         }[name]
-        own = {"beta": 0.0} if name == "grpo" else {}
+        own = {"beta": 0.0} if name in ("grpo", "rloo") else {}
         args = config(str(folder), max_completion_length=4, num_generations=2, **own, **options)
         trainer = kind(args=args, **kwargs)
     trainer.add_callback(CDRCallback(reward, trainer))
@@ -105,7 +107,7 @@ def warnings_in(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "trl_cdr.training.gaming_watch"]
 
 
-@pytest.mark.parametrize("name", ["online_dpo", "grpo", "online_preference"])
+@pytest.mark.parametrize("name", ["online_dpo", "grpo", "rloo", "online_preference"])
 def test_an_alarm_is_said_once(name, tmp_path, checkpoints, tokenizer, caplog):
     trainer, integration = run(name, tmp_path, checkpoints, tokenizer)
     assert trainer.state.global_step == 15
@@ -120,7 +122,7 @@ def test_an_alarm_is_said_once(name, tmp_path, checkpoints, tokenizer, caplog):
     assert "Training ends" not in said
 
 
-@pytest.mark.parametrize("name", ["online_dpo", "grpo", "online_preference"])
+@pytest.mark.parametrize("name", ["online_dpo", "grpo", "rloo", "online_preference"])
 def test_stop_leaves_a_checkpoint_and_ends(name, tmp_path, checkpoints, tokenizer, caplog):
     trainer, _ = run(name, tmp_path, checkpoints, tokenizer, on_gaming="stop")
     assert trainer.state.global_step == ALARM
@@ -129,6 +131,9 @@ def test_stop_leaves_a_checkpoint_and_ends(name, tmp_path, checkpoints, tokenize
     assert alarms(kept["log_history"])[-2:] == [0.0, 1.0]
     [said] = warnings_in(caplog)
     assert said.endswith("Training ends here, with a checkpoint.")
+    alarm = audit(tmp_path).monitors["cdr"].alarm  # of what the trainer left
+    assert alarm.step == ALARM
+    assert alarm.reason in said
     # Who reads the completions and goes on has decided: no second alarm.
     caplog.clear()
     trainer, _ = run(name, tmp_path, checkpoints, tokenizer, on_gaming="stop", resume=tmp_path / f"checkpoint-{ALARM}")

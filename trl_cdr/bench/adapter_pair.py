@@ -58,7 +58,7 @@ def run_adapter_pair(model: str, name: str | None, *, dtype: str, attention: str
             torch_dtype = getattr(torch, dtype)
             build_model(model, seed=0, device=device, dtype=torch_dtype, attention=attention).save_pretrained(name)
         options: dict[str, Any] = {"dtype": dtype, "device": device, "init_kwargs": {"attn_implementation": attention}}
-        merged = _save_adapter(name, Path(scratch) / "adapter", **options)
+        merged = save_adapter(name, Path(scratch) / "adapter", **options)
         source = find_source(CDRConfig(name, name, cdr_strong_adapter=str(Path(scratch) / "adapter")), "strong")
         strong = CausalLM.load(name, "strong", adapter=source.adapter, prefix_cache_tokens=TOKEN_BUDGET, **options)
         weak = CausalLM.load(name, "weak", base=strong.base, prefix_cache_tokens=TOKEN_BUDGET, **options)
@@ -112,7 +112,7 @@ def print_adapter_pair(result: dict[str, Any]) -> None:
     )
 
 
-def _save_adapter(base: str, folder: Path, **options: Any) -> Any:
+def save_adapter(base: str, folder: Path, **options: Any) -> Any:
     """Write a random adapter; returns the model that it and its base are when merged."""
     try:
         peft = importlib.import_module("peft")

@@ -5,8 +5,10 @@ workloads' peaks, and only what is on the device.
 """
 
 import gc
+import importlib
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +18,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
+from ..config import CDRConfig
 from ..scoring.causal_lm import CausalLM
 from ..scoring.loading import load_model
 from ..scoring.memory import measured_bytes
 from ..scoring.offload import Bed, OnDisk, OnHost, Turns
 from ..scoring.packing import Layout
+from ..scoring.policy_base import PolicyBase
+from ..scoring.sources import find_source
+from .adapter_pair import RANK, save_adapter
 from .measure import MB, describe_machine, measure
 from .run import TOKEN_BUDGET
 from .workloads import Shape, build_model
@@ -55,11 +62,12 @@ class _Timed:
 
 def run_memory(model: str, *, dtype: str, attention: str, runs: int = 5) -> dict[str, Any]:
     """
-    Measure a pair that stays, one that sleeps on the host, and one that sleeps on disk.
+    Measure a pair of two models that stays, sleeps on the host, or on disk; one of a base and an adapter; and one on a
+    policy's base.
 
     Args:
-        model (`str`): One of `MODELS`, built twice with random weights; on disk it is saved twice, in a folder of the
-            system's for temporary files.
+        model (`str`): One of `MODELS`, built twice with random weights; some is saved, in a folder of the system's for
+            temporary files.
         dtype (`str`): `"auto"` is float32 on the CPU and bfloat16 on a GPU.
         attention (`str`): Attention implementation.
         runs (`int`, *optional*, defaults to 5): Calls after the first; seconds are their medians.
@@ -68,30 +76,21 @@ def run_memory(model: str, *, dtype: str, attention: str, runs: int = 5) -> dict
         `dict`: `workload`, `machine`, `dtype`, `rows`, `pair_mb` (both models' weights), and `cases`: for each `label`,
         `between_mb` (on the device between calls), `peak_mb` (within the first; a CPU's allocator knows nothing of
         files that are mapped, so that on disk it is too small there), `host_mb`, `seconds` (of a call) and of
-        these `wake_seconds` and `sleep_seconds` (both models').
+        these `wake_seconds` and `sleep_seconds` (both models'). On the policy's base what the policy holds is not
+            counted.
+
+    Raises:
+        ConfigError: peft is not installed.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
     shape = _SHAPES[device]
     build = partial(build_model, model, device=device, dtype=getattr(torch, dtype), attention=attention)
-    cases: list[dict[str, Any]] = []
+    loading: dict[str, Any] = {"dtype": dtype, "device": device, "init_kwargs": {"attn_implementation": attention}}
+    weigh = partial(_measure, shape=shape, device=device, runs=runs)
     with tempfile.TemporaryDirectory() as scratch:
-        folders = [Path(scratch) / role for role in _ROLES]
-        loading: dict[str, Any] = {"dtype": dtype, "device": device, "init_kwargs": {"attn_implementation": attention}}
-        for label, place in (("two copies", "none"), ("asleep on the host", "cpu"), ("asleep on disk", "disk")):
-            turns = Turns()
-            lms: list[CausalLM] = []
-            beds: list[_Timed] = []
-            for seed, (role, folder) in enumerate(zip(_ROLES, folders, strict=True)):
-                turns.sleep()
-                lms.append(CausalLM(build(seed=seed), role))
-                if place != "none":
-                    beds.append(_put_to_bed(lms[-1], role, place, folder, turns, loading))
-            cases.append({"label": label, **_measure(lms, beds, turns, shape, device=device, runs=runs)})
-            cases[-1]["host_mb"] = cases[0]["between_mb"] if place == "cpu" else 0.0
-            del lms, beds, turns
-            gc.collect()
+        cases = [*_two_models(build, Path(scratch), loading, weigh), *_one_base(build, Path(scratch), loading, weigh)]
     return {
         "workload": "memory",
         "machine": describe_machine(device),
@@ -123,6 +122,61 @@ def print_memory_costs(result: dict[str, Any]) -> None:
     )
 
 
+def _two_models(
+    build: Callable[..., nn.Module], scratch: Path, loading: Mapping[str, Any], weigh: Callable[..., dict[str, float]]
+) -> list[dict[str, Any]]:
+    """Strong and weak, each with weights of its own, by where they sleep."""
+    folders = [scratch / role for role in _ROLES]
+    cases: list[dict[str, Any]] = []
+    for label, place in (("two copies", "none"), ("asleep on the host", "cpu"), ("asleep on disk", "disk")):
+        turns = Turns()
+        lms: list[CausalLM] = []
+        beds: list[_Timed] = []
+        for seed, (role, folder) in enumerate(zip(_ROLES, folders, strict=True)):
+            turns.sleep()
+            lms.append(CausalLM(build(seed=seed), role))
+            if place != "none":
+                beds.append(_put_to_bed(lms[-1], role, place, folder, turns, loading))
+        cases.append({"label": label, **weigh(lms, beds, turns)})
+        cases[-1]["host_mb"] = cases[0]["between_mb"] if place == "cpu" else 0.0
+        del lms, beds, turns
+        gc.collect()
+    return cases
+
+
+def _one_base(
+    build: Callable[..., Any], scratch: Path, loading: Mapping[str, Any], weigh: Callable[..., dict[str, float]]
+) -> list[dict[str, Any]]:
+    """Strong an adapter on weak's own weights, which are the pair's, or those of a policy that trains another."""
+    folder, adapter = scratch / "base", scratch / "adapter"
+    build(seed=0).save_pretrained(folder)
+    save_adapter(str(folder), adapter, **loading)
+    source = find_source(CDRConfig(str(folder), str(folder), cdr_strong_adapter=str(adapter)), "strong")
+    cases: list[dict[str, Any]] = []
+    for label, is_policys in (("one base, an adapter", False), ("on the policy's base", True)):
+        policy = _make_policy(folder, loading) if is_policys else None
+        base = PolicyBase(policy).model if policy is not None else None
+        strong = CausalLM.load(source.name, "strong", adapter=source.adapter, base=base, **loading)
+        weak = CausalLM.load(source.name, "weak", base=strong.base, **loading)
+        found = weigh([strong, weak], (), Turns())
+        held = measured_bytes(base) / MB if base is not None else 0.0
+        found |= {name: found[name] - held for name in ("between_mb", "peak_mb")}
+        cases.append({"label": label, **found, "host_mb": 0.0})
+        del strong, weak, policy, base
+        gc.collect()
+    return cases
+
+
+def _make_policy(folder: Path, loading: Mapping[str, Any]) -> nn.Module:
+    peft = importlib.import_module("peft")
+    config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        # peft 0.21 reads what transformers 5 deprecates
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        policy: nn.Module = peft.get_peft_model(load_model(str(folder), "weak", **loading), config)
+    return policy
+
+
 def _put_to_bed(lm: CausalLM, role: str, place: str, folder: Path, turns: Turns, loading: Mapping[str, Any]) -> _Timed:
     """Where a model sleeps from now on; as `pair` does it."""
     if place == "disk":
@@ -136,7 +190,7 @@ def _put_to_bed(lm: CausalLM, role: str, place: str, folder: Path, turns: Turns,
 
 
 def _measure(
-    lms: Sequence[CausalLM], beds: Sequence[_Timed], turns: Turns, shape: Shape, *, device: str, runs: int
+    lms: Sequence[CausalLM], beds: Sequence[_Timed], turns: Turns, *, shape: Shape, device: str, runs: int
 ) -> dict[str, float]:
     layout = Layout(shape.rows(min(lm.num_embeddings for lm in lms)))
 
@@ -146,7 +200,7 @@ def _measure(
                 lm.per_token_logps(layout, token_budget=TOKEN_BUDGET)
 
     call()  # the check at load, and the copy on the host
-    between = sum(measured_bytes(lm.model) for lm in lms) / MB
+    between = measured_bytes(*(lm.model for lm in lms)) / MB
     for bed in beds:
         bed.woke.clear()
         bed.slept.clear()
@@ -155,6 +209,6 @@ def _measure(
         "between_mb": between,
         "peak_mb": between + cost.peak_mb,
         "seconds": cost.warm,
-        "wake_seconds": sum(median(bed.woke) for bed in beds),
-        "sleep_seconds": sum(median(bed.slept) for bed in beds),
+        "wake_seconds": float(sum(median(bed.woke) for bed in beds)),
+        "sleep_seconds": float(sum(median(bed.slept) for bed in beds)),
     }

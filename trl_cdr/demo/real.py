@@ -30,8 +30,14 @@ from .story import Reward, random_reward, versions
 SEEDS = (0, 1)
 REWARDS = ("surprise", "gold", "random", "none")
 """The pair's reward behind a gate, gold itself (the upper bound), and a control."""
-_DEMO: dict[str, Any] = {"tasks": 240, "samples": 3}  # tasks that strong is tuned on, completions to a held-out task
-_WHOLE: dict[str, Any] = {"tasks": len(real_world.TRAIN), "samples": 8, "again": True}
+# Tasks that strong is tuned on, held-out tasks of unseen kinds (of every kind alike), completions to a held-out task.
+_DEMO: dict[str, Any] = {"tasks": 240, "unseen": 72, "samples": 3}
+_WHOLE: dict[str, Any] = {
+    "tasks": len(real_world.TRAIN),
+    "unseen": len(real_world.HELD_OUT_UNSEEN),
+    "samples": 8,
+    "again": True,
+}
 
 
 class Parts:
@@ -79,11 +85,13 @@ class Lab:
         model: str | None,
         data: str | None,
         tasks: int,
+        unseen: int,
         samples: int,
         cache: bool,
         again: bool = False,
     ) -> None:
         self.weak = str(build_smollm(cache=cache)) if model is None else model
+        self._unseen = unseen
         self._samples = samples
         self._again = again
         self.parts = Parts(
@@ -94,6 +102,7 @@ class Lab:
                 "data": data,
                 "recipe": real_models.RECIPE_VERSION,
                 "tasks": tasks,
+                "unseen": unseen,
                 "samples": samples,
                 "versions": versions(),
             },
@@ -107,7 +116,7 @@ class Lab:
         seen = {"seen": real_world.HELD_OUT} | ({"again": real_world.HELD_OUT_AGAIN} if self._again else {})
         return {
             "seen": self._labels(scorer, "seen", seen),
-            "unseen": self._labels(scorer, "unseen", {"unseen": real_world.HELD_OUT_UNSEEN}),
+            "unseen": self._labels(scorer, "unseen", {"unseen": real_world.HELD_OUT_UNSEEN[: self._unseen]}),
         }
 
     def _labels(self, scorer: DensityRatioScorer, name: str, parts: dict[str, list[real_world.Task]]) -> Any:
