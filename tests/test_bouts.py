@@ -69,12 +69,12 @@ def test_another_gate_keeps_models_criteria_and_options(strong, weak, tokenizer)
     criteria = Criteria({"loud": DomainCriteria("shout"), "quiet": DomainCriteria("whisper")})
     models = {"strong_tokenizer": tokenizer, "weak_tokenizer": tokenizer}
     scorer = DensityRatioScorer(strong, weak, **models, criteria=criteria, router="column:kind", reduction="mean")
-    other = with_gate(scorer, "surprise")
-    assert with_gate(scorer, "typicality") is scorer
+    other = with_gate(scorer, "typicality")
+    assert with_gate(scorer, "surprise") is scorer
     for domain in criteria.domains:
         [one], [two] = (each.score(PROMPTS[:1], ["a dog"], domains=[domain]) for each in (scorer, other))
         assert one.value == pytest.approx(two.value, abs=1e-5)
-        assert one.surprise is None is not two.surprise
+        assert two.surprise is None is not one.surprise
     assert other.load() is scorer.load()
 
 

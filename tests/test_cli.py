@@ -266,7 +266,7 @@ def test_doctor(checkpoints, capsys, tmp_path):
     assert printed.count("runs packed") == 2
     assert "a turn ends with '<|im_end|>'" in printed
     assert "every row encoded once" in printed
-    assert "gate: typicality" in printed
+    assert "gate: surprise" in printed
     assert "MB more at work, kept prefixes" in printed
     main(["doctor", "--cdr_strong", str(strong), "--cdr_weak", checkpoints["weak"], "--cdr_gate", "surprise"])
     assert "gate: surprise, and survival beyond '<|im_end|>'" in capsys.readouterr().out

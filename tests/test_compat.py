@@ -19,6 +19,8 @@ VALUES = [
     (-1.646076, -21.209025, -19.56295, -1.686739),
     (-6.3302, -35.573522, -29.243322, -1.783853),
 ]
+# Of the same completions, nats: surprise, survival.
+SURPRISES = [(7.11022, 0.00273), (17.15618, 0.01565), (6.30564, 0.00272), (10.0129, 0.01985)]
 # Loss and reward margin of the first steps.
 STEPS = {
     "simpo": [(2.2018, 12.479), (1.0096, 13.136), (1.1995, 13.052)],
@@ -56,11 +58,15 @@ def fixed_pair():
 
 def test_scores_are_the_same_everywhere(fixed_pair):
     tokenizer = byte_tokenizer()
-    scorer = DensityRatioScorer(*fixed_pair, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer)
+    scorer = DensityRatioScorer(*fixed_pair, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer, gate="typicality")
     prompts = [chat("hello"), chat("hello"), "the quick brown", chat("system:be quick", "what", "this", "and that")]
     scores = scorer.score(prompts, ["world", "é 日本", " fox", "jumps over"], finished=[True, False, True, True])
     found = [(score.value, score.strong_logps, score.weak_logps, score.typicality) for score in scores]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(VALUES), rtol=0, atol=5e-5)  # processors differ too
+    exact = DensityRatioScorer(share=scorer, gate="surprise")
+    scores = exact.score(prompts, ["world", "é 日本", " fox", "jumps over"], finished=[True, False, True, True])
+    found = [(score.surprise, score.survival) for score in scores]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(SURPRISES), rtol=0, atol=5e-5)
 
 
 # TRL's configs set gradient_checkpointing, which transformers 5 renamed; drop when TRL follows

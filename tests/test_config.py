@@ -33,7 +33,7 @@ NAMES = {
     "cdr_add_special_tokens": "auto",
     "cdr_max_length": None,
     "cdr_token_budget": 8192,
-    "cdr_gate": "typicality",
+    "cdr_gate": "surprise",
     "cdr_typicality": None,
     "cdr_on_unscorable": "auto",
     "cdr_on_gaming": "warn",
@@ -131,7 +131,7 @@ def test_typicality_is_deprecated_and_says_what_to_write(bound, gate, advice):
         assert CDRReward("a", "b", typicality=bound).config == config
     with pytest.warns(FutureWarning):
         assert CDRConfig("a", "b", cdr_gate=gate, cdr_typicality=bound) == config
-    other = "surprise" if gate == "none" else "none"
+    other = "typicality" if gate == "none" else "none"
     with pytest.raises(ConfigError, match=f"cdr_gate is '{other}', and cdr_typicality={bound} asks for '{gate}'"):
         CDRConfig("a", "b", cdr_gate=other, cdr_typicality=bound)
 

@@ -151,7 +151,7 @@ def test_several_rewards(tmp_path, reward, tokenizer):
     trainer.create_model_card(model_name="mine")
     card = (tmp_path / "README.md").read_text()
     assert "| | `cdr_reward` | `second_reward` |\n|---|---|---|\n" in card
-    assert "| gate | typicality | none: the plain ratio |" in card
+    assert "| gate | surprise | none: the plain ratio |" in card
 
 
 def test_a_pair_with_revisions():

@@ -83,6 +83,7 @@ def test_three_steps(name, conversational, tmp_path, checkpoints, strong, weak, 
         strong_tokenizer=tokenizer,
         weak_tokenizer=tokenizer,
         add_special_tokens=bos,
+        gate="typicality",
     )
     prompts = [chat(word) if conversational else word for word in WORDS * 4]
     trainer = make(name, tmp_path, reward, tokenizer, prompts, policy)

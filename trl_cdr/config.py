@@ -152,7 +152,7 @@ class CDRConfig:
         default=8192, metadata={"help": "Tokens of one forward, padding included. Halved when memory runs out."}
     )
     cdr_gate: Literal["surprise", "typicality", "none"] = field(
-        default="typicality",
+        default="surprise",
         metadata={
             "help": "What stands between the log-ratio and the reward. surprise: completions lose by what the strong "
             "model would hardly have written, and gain nothing where it would not; typicality: min(log-ratio, 0) - 1 "
