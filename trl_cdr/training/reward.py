@@ -29,8 +29,8 @@ class CDRReward:
     """
     A reward function for TRL's trainers: the log-density ratio of a strong over a weak model, in nats.
 
-    What the strong model would hardly have written itself is gated (`gate="typicality"` or `"surprise"`; `"none"` is
-    the paper's plain ratio): a policy that writes what neither model knows finds no reward there.
+    What the strong model would hardly have written itself is gated (`gate="surprise"`; `"none"` is the paper's plain
+    ratio): a policy that writes what neither model knows finds no reward there.
 
     Pass it as `reward_funcs=` to `OnlineDPOTrainer`, `GRPOTrainer` or `RLOOTrainer`. The pair is loaded inside the
     first call, on the trainer process's own device, and stays there, or sleeps between calls (`offload`).
