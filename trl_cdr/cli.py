@@ -20,6 +20,8 @@ _COMMANDS = {
     "demo": "build a tiny strong/weak pair and train a policy on its labels, offline, in about two minutes",
     "train": "train a policy on the pair's labels: GRPO, RLOO, online DPO, SimPO; from YAML or arguments",
     "score": "score a JSONL file of prompts and completions",
+    "evaluate": "count how often a pair prefers the better completion, on preference sets, beside other judges",
+    "rank-pairs": "run each of several models once, and rank every pair of them",
     "probe": "attack a pair's reward before training on it: what is worth more than an honest completion?",
     "audit": "look into a run's log for a policy that games the reward",
     "bench": "measure what scoring costs, beside the naive way",
@@ -49,6 +51,11 @@ _OFTEN = {
 _DATA_HELP = "with --real: JSONL of prompt, chosen, rejected to tune the strong model on, in place of pairs of its own"
 _AUDIT_STATUS = (
     "exit status: 0 no alarm, 1 an alarm, 2 nothing that can be judged (no log, no metrics, a run too short)"
+)
+_EVALUATE_EXAMPLES = (
+    "trl-cdr evaluate --cdr_strong STRONG --cdr_weak WEAK --data pairs.jsonl more.parquet",
+    "trl-cdr evaluate --cdr_strong STRONG --cdr_weak WEAK --data allenai/reward-bench",
+    "trl-cdr evaluate --selftest        # the rules of RewardBench on values made up for them",
 )
 _TRAIN_EXAMPLES = (
     "trl-cdr train --config run.yaml --max_steps 200",
@@ -80,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not {"", os.getcwd()} & set(sys.path):  # functions that options name by dotted path, as under python -m
         sys.path.append(os.getcwd())
     try:
-        runs = (_demo, _train, _score, _probe, _audit, _bench, _doctor)
-        {run.__name__.removeprefix("_"): run for run in runs}[command.command](rest)
+        runs = (_demo, _train, _score, _evaluate, _rank_pairs, _probe, _audit, _bench, _doctor)
+        {run.__name__.removeprefix("_").replace("_", "-"): run for run in runs}[command.command](rest)
     except CDRError as error:
         print(f"trl-cdr {command.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -152,6 +159,27 @@ def _score(argv: list[str]) -> None:
     groups = (Group("what to score", ScoreArguments), Group("the pair", CDRConfig))
     arguments, config = _parse("score", groups, argv)
     score_file(arguments, config)
+
+
+def _evaluate(argv: list[str]) -> None:
+    from .annotation.evaluate_files import EvaluateArguments, evaluate_files, print_selftest
+    from .config import CDRConfig
+
+    if argv == ["--selftest"]:
+        raise SystemExit(0 if print_selftest() else 1)
+    groups = (Group("what it is evaluated on", EvaluateArguments), Group("the pair", CDRConfig))
+    arguments, config = _parse("evaluate", groups, argv, examples=_EVALUATE_EXAMPLES)
+    _check_output(arguments.output_dir)
+    evaluate_files(arguments, config)
+
+
+def _rank_pairs(argv: list[str]) -> None:
+    from .annotation.rank_pairs import RankArguments, RankOptions, rank_files
+
+    groups = (Group("what is ranked", RankArguments), Group("how all models are read", RankOptions))
+    arguments, options = _parse("rank-pairs", groups, argv)
+    _check_output(arguments.output_dir)
+    rank_files(arguments, options)
 
 
 def _probe(argv: list[str]) -> None:

@@ -7,15 +7,16 @@ them. `rewardbench` knows the subsets of the published sets, `evaluate` counts.
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
 from ..scoring.completions import read_completion
 from ..scoring.encoding import Prompt, Unscorable, shorten
-from .rewardbench import Benchmark
+from .reader import BadRow, OnBadRow, Row, Source, read_rows
+from .rewardbench import Benchmark, find_benchmark
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Preference:
         criteria_domain (`str` or `None`): The domain that the row names for the criteria.
         is_labelled (`bool`): Whether it is known which is better. If not, `chosen` is the first of two.
         on_policy (`bool`): The policy that is to be trained wrote the completions.
+        benchmark (`str` or `None`): The published set that it is of.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Preference:
     criteria_domain: str | None = None
     is_labelled: bool = True
     on_policy: bool = False
+    benchmark: str | None = None
 
     @property
     def completions(self) -> tuple[str, ...]:
@@ -50,40 +53,43 @@ class Preference:
 
 
 def read_preferences(
-    rows: Iterable[tuple[str, Mapping[str, Any]]],
-    *,
-    name: str,
-    benchmark: Benchmark | None = None,
-    column: str = "domain",
-    skip: bool = False,
-) -> tuple[list[Preference], Counter[str]]:
+    source: Source, *, on_bad_row: OnBadRow = "raise", column: str | None = None
+) -> tuple[list[Preference], list[BadRow]]:
     """
-    Read the rows of one set.
+    Read a preference set.
 
     Args:
-        rows (`Iterable[tuple[str, Mapping]]`): Where each stands, for messages, and the row.
-        name (`str`): The set's; the subset of rows that name none, and part of the ids of rows that have none.
-        benchmark (`Benchmark`, *optional*): Whose set it is: its sections are the domains, and prompts that are strings
-            are a user's turn.
+        source (`Source`): See `open_source`. Where it is a published set (`rewardbench`), that set's sections are the
+            domains, and prompts that are strings are a user's turn.
+        on_bad_row (`str`, *optional*, defaults to `"raise"`): Or `"skip"`.
         column (`str`, *optional*, defaults to `"domain"`): Which names the domain for the criteria.
-        skip (`bool`, *optional*, defaults to `False`): Leave bad rows out, and count them.
 
     Returns:
-        `tuple`: The preferences, and of bad rows how many there are for each reason.
+        `tuple`: The preferences, and the bad rows.
 
     Raises:
-        InputError: a row is bad; not with `skip`.
+        InputError: a row is bad; not with `"skip"`.
     """
-    found: list[Preference] = []
-    bad: Counter[str] = Counter()
-    for number, (where, row) in enumerate(rows):
+    subsets = {str(row.fields.get("subset")) for row in source.read() if isinstance(row, Row)}
+    read = partial(
+        _read,
+        name=Path(source.name).name.split(".")[0],
+        benchmark=find_benchmark(source.name, subsets),
+        column=column or "domain",
+    )
+
+    def check(fields: Mapping[str, Any]) -> str | None:
         try:
-            found.append(_read(row, f"{name}:{number}", name=name, benchmark=benchmark, column=column))
-        except (_Bad, Unscorable) as reason:
-            if not skip:
-                raise InputError(f"{where}: {reason}. Mend the row, or pass on_bad_row='skip'.") from None
-            bad[str(reason)] += 1
-    return found, bad
+            read(fields, "")
+        except _Bad as reason:
+            return str(reason)
+        except Unscorable as reason:
+            return f"can't be scored: {reason}. Mend it."
+        return None
+
+    bad: list[BadRow] = []
+    rows = read_rows(source, check=check, on_bad_row=on_bad_row, bad=bad)
+    return [read(row.fields, f"{source.name}:{row.index}") for row in rows], bad
 
 
 def draw(preferences: Sequence[Preference], most: int, *, seed: int) -> list[Preference]:
@@ -108,23 +114,19 @@ class _Bad(Exception):
 
 
 def _read(row: Mapping[str, Any], id: str, *, name: str, benchmark: Benchmark | None, column: str) -> Preference:
-    if not isinstance(row, Mapping):
-        raise _Bad(f"it is {shorten(row)}, and a row holds prompt, chosen and rejected")
     is_labelled = row.get("completions") is None or row.get("chosen") is not None
-    if is_labelled:
-        sides = [row.get(side) for side in ("chosen", "rejected")]
-        if None in sides:
-            raise _Bad(f"it has no {'chosen' if sides[0] is None else 'rejected'}")
-    else:
-        sides = list(row["completions"]) if isinstance(row["completions"], (list, tuple)) else []
-        if len(sides) != 2:
-            raise _Bad(f"it has {len(sides)} completions and no chosen: a pair has two")
+    sides = [row.get("chosen"), row.get("rejected")] if is_labelled else row["completions"]
+    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or None in sides:
+        held = sum(side is not None for side in sides) if isinstance(sides, (list, tuple)) else 0
+        raise _Bad(
+            f"has {held or 'no'} completion{'s' * (held != 1)}. Give it chosen and rejected, or completions: two."
+        )
     prompt, turns = _find_prompt(row.get("prompt"), sides)
     if benchmark is not None and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     chosen, rejected = (_read_side(side) for side in turns)
     if set(chosen) & set(rejected):
-        raise _Bad("one completion is both chosen and rejected" if is_labelled else "its completions are equal")
+        raise _Bad("has equal completions, of which neither is better. Drop the row.")
     subset = str(row.get("subset") or name)
     said = row.get(column)
     return Preference(
@@ -137,6 +139,7 @@ def _read(row: Mapping[str, Any], id: str, *, name: str, benchmark: Benchmark | 
         criteria_domain=None if said is None else str(said),
         is_labelled=is_labelled,
         on_policy=bool(row.get("on_policy")),
+        benchmark=None if benchmark is None else benchmark.name,
     )
 
 
@@ -145,16 +148,14 @@ def _find_prompt(prompt: Any, sides: Sequence[Any]) -> tuple[Prompt, list[Any]]:
     if all(_is_conversation(side) and len(side) > 1 for side in sides):
         starts, ends = [list(side[:-1]) for side in sides], [list(side[-1:]) for side in sides]
         if starts[0] != starts[1]:
-            raise _Bad("chosen and rejected are conversations that differ before their last message")
+            raise _Bad("has conversations that differ before their last message. Give it a prompt, and answers alone.")
         if prompt is not None and prompt != starts[0] and prompt != starts[0][-1].get("content"):
-            raise _Bad("its prompt is not what chosen and rejected start with")
+            raise _Bad("has a prompt that is not what its conversations start with. Leave one of them out.")
         return starts[0], ends
-    if prompt is None:
-        raise _Bad("it has no prompt")
-    if not isinstance(prompt, str) and not _is_conversation(prompt):
-        raise _Bad(f"its prompt is {shorten(prompt)}: a prompt is a string or a list of messages")
     if not prompt:
-        raise _Bad("its prompt is empty")
+        raise _Bad("has no prompt. Add it.")
+    if not isinstance(prompt, str) and not _is_conversation(prompt):
+        raise _Bad(f"has the prompt {shorten(prompt)}. Give it a string or a list of messages.")
     return prompt, list(sides)
 
 
@@ -164,8 +165,6 @@ def _is_conversation(value: Any) -> bool:
 
 def _read_side(side: Any) -> tuple[str, ...]:
     """Completions: one, as a string or a message, or a list of strings."""
-    if isinstance(side, (list, tuple)) and all(isinstance(text, str) for text in side):
-        if not side:
-            raise _Bad("it has no completion on one side")
+    if isinstance(side, (list, tuple)) and side and all(isinstance(text, str) for text in side):
         return tuple(read_completion(text) for text in side)
     return (read_completion(side),)
