@@ -8,7 +8,7 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "a
 
 
 def say(place, count):
-    return " ".join(WORDS[(place * 7 + step * 3) % len(WORDS)] for step in range(count))
+    return " ".join(WORDS[(place * 5 + step * 3) % len(WORDS)] for step in range(count))
 
 
 def rows(count=12, **changes):
