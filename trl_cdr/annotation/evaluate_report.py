@@ -78,7 +78,7 @@ def draw_evaluation(found: Mapping[str, Any]) -> Figure:
         axes.grid(axis="x", color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
         if panel == panels[0]:
-            axes.set_yticks(range(len(judges)), [_name(reading, name, found) for reading, name, _ in judges])
+            axes.set_yticks(range(len(judges)), [_name(reading, name) for reading, name, _ in judges])
             axes.set_ylim(len(judges) - 0.45, -0.55)
     figure.supxlabel(
         f"prefers the better completion: share of {found['pairs']} pairs, 95 % interval; diamond: length taken out",
@@ -93,7 +93,7 @@ def _tabulate(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     head = ["judge", *first["domains"], "mean", "without length"]
     rows = [
         [
-            _name(reading, name, found),
+            _name(reading, name),
             *(f"{mean:.3f}" for mean, _, _ in each["domains"].values()),
             share(each["mean"]),
             f"{each['calibrated'][0]:.3f}" if "calibrated" in each else "",
@@ -108,7 +108,7 @@ def _tabulate_subsets(found: Mapping[str, Any]) -> tuple[list[str], list[list[st
     """Subsets by judge, of the reading that the pair labels by."""
     reading, main = found["main"]
     shown = [main, *(name for name in ("strong_sum", "longer") if name in found["judges"][reading])]
-    head = ["subset", "domain", "pairs", "prompts", *(_name(reading, name, found) for name in shown)]
+    head = ["subset", "domain", "pairs", "prompts", *(_name(reading, name) for name in shown)]
     rows = [
         [name, each["domain"], str(each["pairs"]), str(each["prompts"])]
         + [share(found["judges"][reading][judge]["subsets"][name]) for judge in shown]
@@ -122,7 +122,7 @@ def _say(found: Mapping[str, Any]) -> Iterator[str]:
     if "judges" in found:
         reading, main = found["main"]
         leads = ", ".join(f"{JUDGES[name]} {difference(lead)}" for name, lead in found["lead"].items())
-        yield f"{_name(reading, main, found)} is ahead of: {leads}"
+        yield f"{_name(reading, main)} is ahead of: {leads}"
         if found["criteria_lead"] is not None:
             yield f"criteria add {difference(found['criteria_lead'])}"
         for benchmark, scores in found["judges"][reading][main]["benchmarks"].items():
@@ -145,5 +145,5 @@ def _say(found: Mapping[str, Any]) -> Iterator[str]:
     yield from say_what_was_run(found)
 
 
-def _name(reading: str, judge: str, found: Mapping[str, Any]) -> str:
-    return f"{JUDGES[judge]}, {reading}" if len(found["judges"]) > 1 and judge != "longer" else JUDGES[judge]
+def _name(reading: str, judge: str) -> str:
+    return JUDGES[judge] + (", with criteria" if reading == CRITERIA and judge != "longer" else "")

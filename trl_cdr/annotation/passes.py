@@ -292,7 +292,8 @@ def _read_table(path: Path) -> tuple[dict[str, Entry], int]:
     for number, line in enumerate(lines, start=2):
         try:
             fields = json.loads(line)
-            table[str(fields.pop("text"))] = Entry(**fields)
+            key = str(fields.pop("text"))
+            table[key] = Entry(**fields)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{path}:{number} is no line of a table of log-probabilities ({error}). Remove the file; what it held "
