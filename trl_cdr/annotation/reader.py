@@ -1,4 +1,4 @@
-"""A JSONL or Parquet file, a folder of them, a data set by name or from memory -> a stream of rows, each with its place.
+"""A JSONL or Parquet file, a folder of them, a data set by name or in memory -> a stream of rows, each with its place.
 
 A source is opened once, which counts and hashes its rows, and read as often as one likes, whole or in parts; at no time
 is more of it in memory than a batch. What a row has to hold is the caller's to say (`check`). Runs no model.
@@ -110,15 +110,18 @@ class Source:
                 yield from part.read(wanted)
 
 
-def open_source(source: str | Path | Dataset | Mapping[str, Dataset], *, split: str, subset: str | None) -> Source:
+def open_source(
+    source: str | Path | Dataset | Mapping[str, Dataset], *, split: str = "train", subset: str | None = None
+) -> Source:
     """
     Find, count and hash the rows of a source.
 
     Args:
         source (`str`, `Path` or `Dataset`): A `.jsonl` (also `.jsonl.gz`), `.parquet`, `.json` or `.csv` file; a folder
-            of the first two, or one that `save_to_disk` wrote; a name on the Hub; or a data set.
-        split (`str`): Which split, where there are several. In a folder it is the files with this word in their path.
-        subset (`str` or `None`): Which subset (configuration) of a data set on the Hub.
+            of such files, or one that `save_to_disk` wrote; a name on the Hub; or a data set.
+        split (`str`, *optional*, defaults to `"train"`): Which split, where there are several. In a folder it is the
+            files with this word in their path.
+        subset (`str`, *optional*): Which subset (configuration) of a data set on the Hub.
 
     Raises:
         InputError: it can't be found or read.
@@ -127,42 +130,55 @@ def open_source(source: str | Path | Dataset | Mapping[str, Dataset], *, split: 
     if isinstance(source, (Dataset, Mapping)):
         return Source("the data set", (_Table(_pick(source, split, "the data set"), "the data set", 0),))
     name, path = str(source), Path(source).expanduser()
-    if path.is_dir() and not any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-        return _open_files(name, _find_files(path, split))
-    if path.suffix not in _BUILDERS and (path.is_file() or path.name.endswith(_DATA)):
+    found = _find_files(path, split) if path.is_dir() and not _is_saved(path) else []
+    if found:
+        return _open_files(name, found)
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.name.endswith((*_DATA, *_BUILDERS))
+    if is_path and not path.exists():
+        raise InputError(f"input is {name!r}, which can't be read: no such file exists. Give {_FORMS}.")
+    if path.is_file() and path.suffix not in _BUILDERS:
         return _open_files(name, [path])
     return Source(name, (_Table(_pick(_load(name, path, split, subset), split, name), name, 0),))
 
 
 def read_rows(
-    source: Source,
+    source: Source, *, check: Check | None = None, on_bad_row: OnBadRow = "raise", bad: list[BadRow] | None = None
+) -> Iterator[Row]:
+    """
+    All rows of a source that can be used, one by one. Arguments and errors as for `sift`.
+
+    Raises:
+        InputError: also where a file can't be read to its end.
+    """
+    return sift(source.read(), check=check, on_bad_row=on_bad_row, bad=bad)
+
+
+def sift(
+    found: Iterable[Row | BadRow],
     *,
     check: Check | None = None,
     on_bad_row: OnBadRow = "raise",
     bad: list[BadRow] | None = None,
-    spans: Sequence[range] | None = None,
 ) -> Iterator[Row]:
     """
-    The rows of a source that can be used, one by one.
+    The rows that can be used.
 
     Args:
-        source (`Source`): An opened source.
+        found (`Iterable`): What `Source.read` yields.
         check (`Check`, *optional*): What a row has to hold, such as `needs("prompt")`.
         on_bad_row (`str`, *optional*, defaults to `"raise"`): What becomes of a row that can't be read, or that `check`
             objects to: `"raise"`, or `"skip"`.
         bad (`list`, *optional*): Gets those that were skipped.
-        spans (`Sequence[range]`, *optional*): See `Source.read`.
 
     Raises:
-        InputError: a row is bad and `on_bad_row="raise"`; the message names file and row. Or a file can't be read to
-            its end.
+        InputError: a row is bad and `on_bad_row="raise"`; the message names file and row.
     """
-    for row in source.read(spans):
+    for row in found:
         reason = row.reason if isinstance(row, BadRow) else check and check(row.fields)
         if isinstance(row, Row) and not reason:
             yield row
         elif on_bad_row == "raise":
-            raise InputError(f"{row.where} {reason} Or pass on_bad_row='skip'.")
+            raise InputError(f"{row.where} {reason}")
         elif bad is not None:
             bad.append(BadRow(row.index, row.where, str(reason)))
 
@@ -216,7 +232,7 @@ class _Lines:
         number = 0
         try:
             with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
-                for number, line in enumerate(file, start=1):  # noqa: B007
+                for number, line in enumerate(file, start=1):
                     if not line.isspace():
                         yield number, line
         except (OSError, EOFError, zlib.error) as error:
@@ -290,22 +306,23 @@ class _Table:
 def _open_files(name: str, paths: Sequence[Path]) -> Source:
     parts: list[_Part] = []
     for path in paths:
-        if not path.is_file():
-            raise InputError(f"input is {name!r}, and no such file exists. Give {_FORMS}.")
         kind = _Parquet if path.suffix == ".parquet" else _Lines
         parts.append(kind(path, str(path), sum(part.num_rows for part in parts)))
     return Source(name, tuple(parts))
 
 
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote a folder."""
+    return any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
+
+
 def _find_files(folder: Path, split: str) -> list[Path]:
-    """A folder's data files of one split; all of them where no name says which split it is."""
+    """A folder's files of one split that we read ourselves; all of them where no name says which split it is."""
     names = {
         path: {*re.split("[^a-z]+", str(path.relative_to(folder)).lower())}
         for path in sorted(folder.rglob("*"))
         if path.name.endswith(_DATA) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
-    if not names:
-        raise InputError(f"input is the folder {str(folder)!r}, which holds no {', '.join(_DATA)} file.")
     found = [path for path, words in names.items() if split.lower() in words]
     if found:
         return found
@@ -322,9 +339,9 @@ def _load(name: str, path: Path, split: str, subset: str | None) -> Any:
     try:
         if path.suffix in _BUILDERS:
             return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
-        if path.is_dir():
+        if path.is_dir() and _is_saved(path):
             return load_from_disk(str(path))
-        return load_dataset(name, subset, split=split)
+        return load_dataset(str(path) if path.is_dir() else name, subset, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         raise InputError(f"input is {name!r}, which can't be read: {_first_line(error)}. Give {_FORMS}.") from error
 
