@@ -254,7 +254,9 @@ def test_what_cannot_be_scored_is_left_out_for_all(config, passes):
     assert [row["id"] for row in found.rows] == ["r0", "r1", "r2"]
     [(reason, count)] = found.summary["unscorable"].items()
     assert (count, "at most 24 fit" in reason) == (1, True)
-    assert found.summary["truncated"] > 0
+    assert found.summary["truncated"] == 0
+    cut = evaluate(replace(config, cdr_max_length=16), data[:3], passes=passes)
+    assert cut.summary["truncated"] > 0
     with pytest.raises(InputError, match="no pair of completions can be scored: the completion has"):
         evaluate(short, data[3:], passes=passes)
 

@@ -186,6 +186,8 @@ class Passes:
             table, size = _read_table(path)
             left = list({text.key: text for text in texts if text.key not in table}.values())
             if left:
+                if self.run:  # the model before this one is to leave the memory before this one comes
+                    clear_device_cache(garbage_collection=True)
                 self.run += 1
                 self._cut(path, size, head={"model": model.name, **model.identity})
                 for batch, entries in _run(model, left):
@@ -228,12 +230,8 @@ def _run(model: Model, texts: Sequence[Text]) -> Iterator[tuple[Sequence[Text], 
     """Batches of texts with what the model gives for them."""
     member = load_member(model.config, model.role, chat_template=model.template)
     batches = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
-    try:
-        for batch in track(batches, description=f"running {model.name[-40:]}", console=Console(stderr=True)):
-            yield batch, run_texts(member, batch, model.config)
-    finally:
-        del member
-        clear_device_cache(garbage_collection=True)
+    for batch in track(batches, description=f"running {model.name[-40:]}", console=Console(stderr=True)):
+        yield batch, run_texts(member, batch, model.config)
 
 
 def run_texts(member: Member, texts: Sequence[Text], config: CDRConfig) -> list[Entry]:
