@@ -100,19 +100,18 @@ def _read(path: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
     if isinstance(content, list):
         return ((f"{path}, row {place}", row if isinstance(row, dict) else {}) for place, row in enumerate(content))
     columns = {name: _values(column) for name, column in content.items()} if isinstance(content, dict) else {}
-    columns = {name: column for name, column in columns.items() if column is not None}
-    count = len(columns.get("id") or ())
+    count = len(columns.get("id", []))
     return (
         (f"{path}, row {place}", {name: column[place] for name, column in columns.items() if len(column) == count})
         for place in range(count)
     )
 
 
-def _values(column: Any) -> list[Any] | None:
-    """A column as JSON has it: a list, or values by their place; None for what is said of the whole file."""
+def _values(column: Any) -> list[Any]:
+    """A column as JSON has it: a list, or values by their place; nothing of what is said of the whole file."""
     if isinstance(column, dict):
         return list(column.values())
-    return column if isinstance(column, list) else None
+    return column if isinstance(column, list) else []
 
 
 def _earned(fields: Mapping[str, Any]) -> float | None:

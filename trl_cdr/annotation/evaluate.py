@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -263,5 +263,8 @@ def _rows(values: Values, tables: Tables) -> list[dict[str, Any]]:
 
 def _other_pair(config: CDRConfig, strong: str, weak: str) -> CDRConfig:
     """The same options of another pair."""
-    own = {f"cdr_{role}{part}": None for role in ("strong", "weak") for part in ("_revision", "_adapter_revision")}
-    return replace(config, **own, cdr_strong=strong, cdr_weak=weak, cdr_strong_adapter=None, cdr_weak_adapter=None)
+    own = {
+        f"cdr_{role}{part}" for role in ("strong", "weak") for part in ("_revision", "_adapter", "_adapter_revision")
+    }
+    others = {each.name: getattr(config, each.name) for each in fields(CDRConfig) if each.name not in own}
+    return CDRConfig(**{**others, "cdr_strong": strong, "cdr_weak": weak})
