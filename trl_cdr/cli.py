@@ -19,7 +19,8 @@ from .errors import CDRError, ConfigError
 _COMMANDS = {
     "demo": "build a tiny strong/weak pair and train a policy on its labels, offline, in about two minutes",
     "train": "train a policy on the pair's labels: GRPO, RLOO, online DPO, SimPO; from YAML or arguments",
-    "score": "score a JSONL file of prompts and completions",
+    "score": "score prompts and completions: a file, a folder or a data set",
+    "annotate": "make a preference data set: completions to prompts, scored, the chosen and the rejected of them",
     "probe": "attack a pair's reward before training on it: what is worth more than an honest completion?",
     "audit": "look into a run's log for a policy that games the reward",
     "bench": "measure what scoring costs, beside the naive way",
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not {"", os.getcwd()} & set(sys.path):  # functions that options name by dotted path, as under python -m
         sys.path.append(os.getcwd())
     try:
-        runs = (_demo, _train, _score, _probe, _audit, _bench, _doctor)
+        runs = (_demo, _train, _score, _annotate, _probe, _audit, _bench, _doctor)
         {run.__name__.removeprefix("_"): run for run in runs}[command.command](rest)
     except CDRError as error:
         print(f"trl-cdr {command.command}: {error}", file=sys.stderr)
@@ -152,6 +153,16 @@ def _score(argv: list[str]) -> None:
     groups = (Group("what to score", ScoreArguments), Group("the pair", CDRConfig))
     arguments, config = _parse("score", groups, argv)
     score_file(arguments, config)
+
+
+def _annotate(argv: list[str]) -> None:
+    from .annotation.annotate import AnnotateArguments, annotate
+    from .config import CDRConfig
+
+    groups = (Group("what to annotate", AnnotateArguments), Group("the pair and its reward", CDRConfig))
+    arguments, config = _parse("annotate", groups, argv)
+    _check_output(arguments.output_dir)
+    annotate(arguments, config)
 
 
 def _probe(argv: list[str]) -> None:
