@@ -222,6 +222,13 @@ def _bench(argv: list[str]) -> None:
         print(json.dumps(optimum, indent=2)) if args.json else print_optimum(optimum)
         return
 
+    if args.workload == "annotate":
+        from .bench.annotate import print_annotate, run_annotate
+
+        annotated = run_annotate()
+        print(json.dumps(annotated, indent=2)) if args.json else print_annotate(annotated)
+        return
+
     if args.workload == "pair_step":
         from .bench.pair_step import print_pair_step, run_pair_step
 
@@ -266,11 +273,12 @@ def _read_bench(argv: list[str]) -> argparse.Namespace:
     about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
     about += "; memory: a pair that stays, or sleeps between calls: peaks, and seconds to wake (with llama-8b on a GPU)"
     about += "; adapter_pair: a base and an adapter on it, beside the same pair as two models"
+    about += "; annotate: rows a second and memory without models, and what runs end with that are killed"
     about += "; gaming: policies trained on the plain and on gated rewards (hours)"
     about += "; alarms: runs by which the monitor is judged, healthy and collapsing (hours; goes on where it was)"
     about += "; optimum: what a policy converges to, by weighted samples and by training (20 minutes)"
     about += "; real: a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)"
-    choices = [*WORKLOADS, "pair_step", "adapter_pair", "memory", "gaming", "alarms", "optimum", "real"]
+    choices = [*WORKLOADS, "pair_step", "adapter_pair", "memory", "annotate", "gaming", "alarms", "optimum", "real"]
     parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
     parser.add_argument(
         "--model",

@@ -5,7 +5,7 @@ scores, selects (`groups`, which is pure), and writes shards that `load_dataset`
 (`pipeline`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
@@ -120,19 +120,35 @@ def annotate(arguments: AnnotateArguments, config: CDRConfig, *, data: Dataset |
     source = open_source(arguments.input if data is None else data, split=arguments.split, subset=arguments.subset)
     scorer = DensityRatioScorer.from_config(config)
     check_router(scorer, source)
-    writer = Policy(arguments, scorer)
-    job = Job(
+    job = make_job(arguments, scorer, options=known_options(scorer))
+    return run(arguments, source, job)
+
+
+def make_job(arguments: AnnotateArguments, scorer: DensityRatioScorer, *, options: Mapping[str, Any]) -> Job:
+    """
+    What annotating is to the pipeline.
+
+    Args:
+        arguments (`AnnotateArguments`): Policy and selection.
+        scorer (`DensityRatioScorer`): What scores.
+        options (`Mapping`): What its scores depend on.
+
+    Raises:
+        ConfigError: see `Server`.
+        ModelError: there is no such policy.
+    """
+    policy = Policy(arguments, scorer)
+    return Job(
         command="annotate",
-        options={**known_options(scorer), **writer.identify(), **{name: getattr(arguments, name) for name in _DECIDES}},
+        options={**options, **policy.identify(), **{name: getattr(arguments, name) for name in _DECIDES}},
         check=partial(check_group, can_write=arguments.policy is not None),
         schema=lambda: SCHEMA,
         load=lambda: loaded_options(scorer),
-        label=partial(label_rows, arguments=arguments, scorer=scorer, writer=writer),
+        label=partial(label_rows, arguments=arguments, scorer=scorer, writer=policy),
         summarise=summarise,
         show=show,
         about=_ABOUT,
     )
-    return run(arguments, source, job)
 
 
 class Policy:

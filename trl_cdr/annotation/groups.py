@@ -9,10 +9,10 @@ import pyarrow as pa
 from ..scoring.completions import read_completion
 from ..scoring.encoding import Completion, Message, Unscorable, read_text, shorten
 from ..scoring.score import Score
-from ..scoring.selection import Pair, PairStrategy, select_all_pairs, select_pair
+from ..scoring.selection import Pair, select_all_pairs, select_pair
 from .shards import Labelled, add_counts
 
-Strategy = PairStrategy | Literal["all_pairs"]
+Strategy = Literal["best_worst", "best_random", "all_pairs"]
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMA = pa.schema(

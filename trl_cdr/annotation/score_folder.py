@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from ..config import shareable_options
 from ..errors import ConfigError
 
 OPTIONS, SUMMARY = "options.json", "summary.json"
@@ -146,7 +145,6 @@ def check_options(folder: Path, options: Mapping[str, Any]) -> None:
         before = json.loads(path.read_bytes())
         if not isinstance(before, dict):
             raise ValueError("it holds no JSON object")
-        before = shareable_options(before)  # an earlier version stored all of them
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{str(path)!r} says what the scores beside it were made with, and can't be read: {error}. {_ELSEWHERE}"

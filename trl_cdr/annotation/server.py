@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from ..errors import ConfigError, ModelError
@@ -14,6 +15,7 @@ from ..scoring.encoding import Completion, Prompt
 
 _AT_ONCE = 32  # requests
 _ATTEMPTS = 6
+_WAIT = 0.5  # seconds, before the second attempt at most; doubled with each
 _SECONDS = {"connect": 10.0, "read": 600.0, "write": 60.0, "pool": None}
 _APART = ("tool_calls", "reasoning_content", "reasoning")  # of a message, beside its content
 _REFUSED = (401, 403, 404)  # every request would be
@@ -49,11 +51,7 @@ class Server:
             raise ConfigError(f"server is {url!r}, which is no URL. Give one such as http://localhost:8000/v1.")
         self.url, self.model = url.rstrip("/"), model
         self.shown = str(found.copy_with(userinfo=b"", query=None))
-        key = os.environ.get("OPENAI_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(**_SECONDS))
-        self._lost = httpx.TransportError
-        self._tenacity = tenacity
+        self._httpx, self._tenacity = httpx, tenacity
 
     def write(
         self,
@@ -76,31 +74,34 @@ class Server:
             for prompt, seed in zip(prompts, seeds, strict=True)
             for number in range(per_prompt)
         ]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            found = list(pool.map(self._ask, bodies))
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        timeout = self._httpx.Timeout(**_SECONDS)
+        with self._httpx.Client(headers=headers, timeout=timeout) as client, ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = list(pool.map(partial(self._ask, client), bodies))
         groups = [found[start : start + per_prompt] for start in range(0, len(found), per_prompt)]
         return [[one for one in group if one is not None] for group in groups]
 
-    def _ask(self, body: dict[str, Any]) -> Completion | None:
+    def _ask(self, client: Any, body: dict[str, Any]) -> Completion | None:
         """One completion; None where the server does not take the prompt: it is too long, say."""
         retrying = self._tenacity.Retrying(
             retry=self._tenacity.retry_if_exception_type(_Again),
-            wait=self._tenacity.wait_random_exponential(multiplier=0.5, max=30),
+            wait=self._tenacity.wait_random_exponential(multiplier=_WAIT, max=30),
             stop=self._tenacity.stop_after_attempt(_ATTEMPTS),
             reraise=True,
         )
         try:
-            return retrying(self._ask_once, body)  # type: ignore[no-any-return]
+            return retrying(self._ask_once, client, body)  # type: ignore[no-any-return]
         except _Again as error:
             raise ModelError(
                 f"server {self.shown!r} can't be used: {error}, after {_ATTEMPTS} attempts. What is finished stays: "
                 "start it, and run the same command again."
             ) from error
 
-    def _ask_once(self, body: dict[str, Any]) -> Completion | None:
+    def _ask_once(self, client: Any, body: dict[str, Any]) -> Completion | None:
         try:
-            answer = self._client.post(f"{self.url}/chat/completions", json=body)
-        except self._lost as error:
+            answer = client.post(f"{self.url}/chat/completions", json=body)
+        except self._httpx.TransportError as error:
             raise _Again(str(error) or type(error).__name__) from error
         status = answer.status_code
         said = f"status {status}: {' '.join(answer.text.split())[:200]}"
