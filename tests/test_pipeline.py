@@ -126,6 +126,13 @@ def test_machines_share_the_work(start, tmp_path, capsys):
     start(shard="7/9")  # a worker for whom nothing is left
 
 
+def test_shards_without_rows_can_be_loaded(start, rows, tmp_path):
+    rows.write_text('{"x": 13}\n{"x": 1}\n{"x": 13}\n')
+    start(shard_size=1)
+    table = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert table["y"] == [2]
+
+
 def test_processes_share_the_work(start, tmp_path, monkeypatch):
     from trl_cdr.annotation import pipeline
 
@@ -168,9 +175,9 @@ def test_another_job_is_refused(change, message, start, tmp_path):
 
 
 def test_what_is_known_once_loaded_is_compared_too(start):
-    start(replace(JOB, load=lambda: {"strong_dtype": "float32"}), shard="0/2")
-    with pytest.raises(ConfigError, match="holds scores with strong_dtype='float32', and now it is 'bfloat16'"):
-        start(replace(JOB, load=lambda: {"strong_dtype": "bfloat16"}))
+    start(replace(JOB, load=lambda: {"type": "float32"}), shard="0/2")
+    with pytest.raises(ConfigError, match="holds scores with type='float32', and now it is 'bfloat16'"):
+        start(replace(JOB, load=lambda: {"type": "bfloat16"}))
 
 
 def test_a_folder_that_is_not_ours(start, tmp_path):

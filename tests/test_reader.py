@@ -148,7 +148,7 @@ def test_the_files_of_a_split(tmp_path):
         (tmp_path / name).write_text(lines(ROWS[: 2 if "train" in name else 1]))
     assert open_source(tmp_path).num_rows == 4
     assert open_source(tmp_path, split="test").num_rows == 1
-    with pytest.raises(ConfigError, match="has no files of split 'validation', but of test, train"):
+    with pytest.raises(ConfigError, match="has no files of the split 'validation', but of test, train"):
         open_source(tmp_path, split="validation")
 
 

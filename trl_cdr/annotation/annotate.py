@@ -22,8 +22,8 @@ from ..scoring.scorer import DensityRatioScorer
 from .annotate_report import show, summarise
 from .groups import SCHEMA, Strategy, check_group, label_group, read_group
 from .pair_options import check_router, known_options, loaded_options, row_domains
-from .pipeline import Job, RunArguments, run
-from .reader import BadRow, Row, open_source
+from .pipeline import Job, RunArguments, open_input, run
+from .reader import BadRow, Row
 from .server import Server
 from .shards import Labelled
 from .writers import load_policy, write
@@ -32,7 +32,7 @@ Writer = Callable[[Sequence[Prompt], Sequence[str]], list[list[Completion]]]
 """Prompts, and a seed for each -> completions to each; none to one that it can't take."""
 
 # What of the arguments decides what is written.
-_DECIDES = ("policy", "num_generations", "max_completion_length", "temperature", "seed", "pair_strategy", "min_margin")
+_DECIDES = ("num_generations", "max_completion_length", "temperature", "seed", "pair_strategy", "min_margin")
 _ABOUT = (
     "Preferences that no human and no judge has labelled: each completion's score is the log-density ratio of a strong "
     "over a weak model, log p_strong(y | c, x) - log p_weak(y | c, x), nats "
@@ -117,7 +117,7 @@ def annotate(arguments: AnnotateArguments, config: CDRConfig, *, data: Dataset |
         InputError, ConfigError: see `pipeline.run` and `Server`.
         ModelError: see `DensityRatioScorer`; or the policy can't be loaded, or its server fails.
     """
-    source = open_source(arguments.input if data is None else data, split=arguments.split, subset=arguments.subset)
+    source = open_input(arguments, data)
     scorer = DensityRatioScorer.from_config(config)
     check_router(scorer, source)
     job = make_job(arguments, scorer, options=known_options(scorer))
@@ -176,10 +176,14 @@ class Policy:
             ModelError: there is no such model.
         """
         name = self.arguments.policy
-        if name is None or self.server is not None:
-            return {"policy_identity": None, "server": self.server and self.server.shown}
         init_kwargs: Any = self.scorer.config.cdr_model_init_kwargs
-        return {"policy_identity": identify_weights(name, "policy", init_kwargs=init_kwargs), "server": None}
+        if name is None:
+            identity = None
+        elif self.server is not None:
+            identity = f"{name} of a server"
+        else:
+            identity = identify_weights(name, "policy", init_kwargs=init_kwargs)
+        return {"policy": name, "policy_identity": identity, "server": self.server and self.server.shown}
 
     def __call__(self, prompts: Sequence[Prompt], seeds: Sequence[str]) -> list[list[Completion]]:
         """

@@ -9,7 +9,12 @@ from rich.table import Table
 
 from .shards import Counts, add_counts
 
-_SKIPPED = {"tie": "ties", "min_margin": "too close", "missing": "no scores", "truncated": "cut off"}
+_SKIPPED = {
+    "tie": "ties",
+    "min_margin": "too close",
+    "missing": "without two scores",
+    "truncated": "without two that were not cut off",
+}
 
 
 def summarise(counts: Counts) -> dict[str, Any]:
@@ -33,15 +38,16 @@ def summarise(counts: Counts) -> dict[str, Any]:
 
 def show(summary: Mapping[str, Any], folder: Path) -> None:
     """Print a summary as a table with a row for each domain."""
-    table = Table("", "rows", "pairs", *_SKIPPED.values(), "gated", "margin", "tokens", "longer chosen")
+    table = Table("", "rows", "pairs", "ties", "gated", "margin", "tokens", "longer")
     for name, one in {**summary["domains"], "all": summary}.items():
         lengths = f"{_number(one['chosen_tokens'], '.1f')} / {_number(one['rejected_tokens'], '.1f')}"
-        cells = [f"{one['rows']:,}", f"{one['pairs']:,}", *(f"{one['skipped'][why]:,}" for why in _SKIPPED)]
+        cells = [f"{one['rows']:,}", f"{one['pairs']:,}", f"{one['skipped']['tie']:,}"]
         cells += [_number(one["gated"], ".1%"), _number(one["margin"], "+.2f"), lengths]
         table.add_row(name, *cells, _number(one["longer_chosen"], ".0%"))
-    console = Console()
-    console.print(table, markup=False)
-    console.print("margin: mean, nats; tokens: mean of chosen / rejected; longer chosen: share of pairs")
+    Console().print(table, markup=False)
+    print("margin: mean, nats; tokens: means of chosen / rejected; longer: how often the chosen is")
+    skipped = (f"{count:,} {_SKIPPED[why]}" for why, count in summary["skipped"].items())
+    print(f"no pair: {', '.join(skipped)}")
     bad = summary["bad_rows"]
     for row in bad["first"][:5]:
         print(f"left out: {row['where']} {row['reason']}")

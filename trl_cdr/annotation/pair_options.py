@@ -45,10 +45,10 @@ def check_router(scorer: DensityRatioScorer, source: Source) -> None:
     """
     if scorer.router is None or scorer.router.column is None:
         return
-    names: set[str] = set()
+    names: dict[str, None] = {}
     for row in source.read():
         if isinstance(row, Row):
-            names.update(row.fields)
+            names |= dict.fromkeys(row.fields)
     scorer.router.check_column(names, where=f"input {source.name!r}")
 
 

@@ -9,12 +9,13 @@ are there finishes the whole. So no process waits for another, and any scheduler
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from accelerate import PartialState
+from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -22,7 +23,7 @@ from rich.text import Text
 from .. import _compat
 from ..errors import ConfigError, InputError
 from .card import push, write_card
-from .reader import Check, OnBadRow, Row, Source, sift
+from .reader import Check, OnBadRow, Row, Source, open_source, sift
 from .score_folder import OPTIONS, SUMMARY, check_options, check_ours, hold, write_json, writing
 from .shards import Counts, Labelled, Shards, add_counts
 
@@ -105,6 +106,17 @@ class Job:
     about: str
 
 
+def open_input(arguments: RunArguments, data: Dataset | None) -> Source:
+    """
+    The rows that a run reads: those of `data`, else of `input`, which is their name in any case.
+
+    Raises:
+        InputError, ConfigError: see `reader.open_source`.
+    """
+    found = open_source(arguments.input if data is None else data, split=arguments.split, subset=arguments.subset)
+    return replace(found, name=arguments.input)
+
+
 def run(arguments: RunArguments, source: Source, job: Job) -> dict[str, Any] | None:
     """
     Do a worker's share of a job, and finish the whole if nothing else is missing.
@@ -173,6 +185,7 @@ def _write(
 ) -> None:
     """The shards that are missing, one after the other."""
     schema = job.schema()
+    check = job.check if arguments.on_bad_row == "skip" else None  # else all rows have passed it
     spans = [shards.span(shard) for shard in missing]
     stream = source.read(spans)
     with _progress() as bars:
@@ -180,7 +193,7 @@ def _write(
         for shard, span in zip(missing, spans, strict=True):
             labelled = Labelled()
             found = itertools.islice(stream, len(span))
-            rows = list(sift(found, check=job.check, on_bad_row=arguments.on_bad_row, bad=labelled.bad))
+            rows = list(sift(found, check=check, on_bad_row=arguments.on_bad_row, bad=labelled.bad))
             bars.advance(bar, len(span) - len(rows))
             for start in range(0, len(rows), arguments.batch_size):
                 batch = rows[start : start + arguments.batch_size]

@@ -17,8 +17,8 @@ from ..config import CDRConfig
 from ..errors import InputError
 from ..scoring.scorer import DensityRatioScorer
 from .pair_options import check_router, known_options, loaded_options, row_domains
-from .pipeline import Job, RunArguments, run
-from .reader import Check, OnBadRow, Row, Source, needs, open_source, read_rows
+from .pipeline import Job, RunArguments, open_input, run
+from .reader import Check, OnBadRow, Row, Source, needs, read_rows
 from .score_folder import SUMMARY
 from .shards import Counts, Labelled
 
@@ -76,7 +76,7 @@ def score_file(arguments: ScoreArguments, config: CDRConfig, *, data: Dataset | 
         ConfigError: see `pipeline.run`.
         ModelError: see `DensityRatioScorer`.
     """
-    source = open_source(arguments.input if data is None else data, split=arguments.split, subset=arguments.subset)
+    source = open_input(arguments, data)
     scorer = DensityRatioScorer.from_config(config)
     check_router(scorer, source)
     job = Job(
@@ -111,7 +111,7 @@ def find_schema(source: Source, *, check: Check, on_bad_row: OnBadRow) -> pa.Sch
     for some in _chunks(rows):
         for name in dict.fromkeys(name for row in some for name in row.fields):
             try:
-                found = pa.infer_type([row.fields.get(name) for row in some])
+                found = pa.array([row.fields.get(name) for row in some]).type
                 types[name] = _widen(types.get(name, pa.null()), found)
             except pa.ArrowException as error:
                 raise InputError(

@@ -35,7 +35,7 @@ WITHOUT_EFFECT = {
     *("cdr_name", "cdr_on_unscorable", "cdr_on_gaming"),  # a reward's, and scores are no rewards
     "cdr_policy_tokenizer",  # of completion_ids, which a file has none of
     *("input", "input_rows"),  # what they are is compared by content
-    *("batch_size", "server", "versions"),  # portions again; where; and whose they are
+    *("batch_size", "policy", "server", "versions"),  # portions again; what its weights are is compared; where; whose
 }
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -110,7 +110,7 @@ class Shards:
         path = self.path(shard)
         with writing(self.folder):
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, lambda file: pq.write_table(table, file))
+            write_whole(path, lambda file: _write_table(table, file))
 
     def notes(self, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """
@@ -134,6 +134,12 @@ class Shards:
                     f"{str(path)!r} is no shard of this run ({error}). Remove it, and the same command makes it anew."
                 ) from error
             yield note
+
+
+def _write_table(table: pa.Table, file: BinaryIO) -> None:
+    with pq.ParquetWriter(file, table.schema) as writer:
+        if table.num_rows:  # load_dataset can't read a row group without rows (datasets 5.2)
+            writer.write_table(table)
 
 
 def digest(options: Mapping[str, Any]) -> str:
