@@ -123,8 +123,9 @@ def test_criteria_are_counted_beside_none(config, passes, tmp_path):
     left = evaluate(told, data, passes=passes).summary
     assert left["pairs"] == 8
     assert [(count, reason[:22]) for reason, count in left["unscorable"].items()] == [(4, "the domain 'safety' is")]
-    constant = evaluate(replace(shown, cdr_domain="chat"), data, passes=passes).summary
-    assert constant["pairs"] == 12
+    unknown = [replace(one, criteria_domain="none") for one in data if one.domain == "chat"]
+    constant = evaluate(replace(shown, cdr_domain="chat"), unknown, passes=passes).summary
+    assert constant["pairs"] == 8
 
 
 def test_a_model_is_run_once(config, tmp_path):
@@ -160,33 +161,31 @@ def test_what_is_printed_and_written(run, tmp_path, capsys):
     assert found["options"]["cdr_gate"] == "surprise"
 
 
-def test_published_sets_have_their_score(run, tmp_path):
+def test_published_sets_have_their_scores(run, tmp_path, capsys):
     subsets = ["alpacaeval-easy", "mt-bench-med", "math-prm", "hep-go"]
     content = [{**row, "prompt": "what?", "subset": subsets[place % 4]} for place, row in enumerate(rows())]
-    found = run(content)
-    scores = found["judges"]["plain"]["sum"]["benchmarks"]["allenai/reward-bench"]
-    earned = [row["results"] for row in read(tmp_path / "out" / "rows.jsonl")]
-    accuracies = {name: sum(earned[place::4]) / 3 for place, name in enumerate(subsets)}
-    assert scores == pytest.approx(REWARD_BENCH.score(accuracies))
-    assert list(found["judges"]["plain"]["sum"]["domains"]) == ["Chat", "Reasoning"]
-
-
-def test_the_best_of_four_and_ties(run, tmp_path, capsys):
-    content = []
+    second = []
     for place in range(3):
         one = {"prompt": f"what is {WORDS[place]}", "rejected": [say(place + 4 * n, 4) for n in range(1, 4)]}
-        content.append({**one, "id": f"m{place}", "subset": "Math", "chosen": [say(place, 3)]})
-        content.append({**one, "id": f"ref:{place}", "subset": "Ties", "chosen": [say(place, 3)]})
-        content.append({**one, "id": f"tied:{place}", "subset": "Ties", "chosen": [say(place, 3), say(place + 2, 2)]})
-    found = run(content)
+        second.append({**one, "id": f"m{place}", "subset": "Math", "chosen": [say(place, 3)]})
+        second.append({**one, "id": f"ref:{place}", "subset": "Ties", "chosen": [say(place, 3)]})
+        second.append({**one, "id": f"tied:{place}", "subset": "Ties", "chosen": [say(place, 3), say(place + 2, 2)]})
+    (tmp_path / "second.jsonl").write_text("".join(json.dumps(row) + "\n" for row in second))
+    found = run(content, "--data", str(tmp_path / "rows.jsonl"), str(tmp_path / "second.jsonl"))
     written = read(tmp_path / "out" / "rows.jsonl")
-    by_subset = {name: [row for row in written if row["subset"] == name] for name in ("Math", "Ties")}
+    scores = found["judges"]["plain"]["sum"]["benchmarks"]
+    assert list(found["judges"]["plain"]["sum"]["domains"]) == ["Chat", "Math", "Reasoning", "Ties"]
+
+    earned = [row["results"] for row in written[:12]]
+    accuracies = {name: sum(earned[place::4]) / 3 for place, name in enumerate(subsets)}
+    assert scores["allenai/reward-bench"] == pytest.approx(REWARD_BENCH.score(accuracies))
+
+    by_subset = {name: [row for row in written[12:] if row["subset"] == name] for name in ("Math", "Ties")}
     math = sum(row["scores_chosen"] > max(row["scores_rejected"]) for row in by_subset["Math"]) / 3
     sides = [(row["id"], row["scores_chosen"], row["scores_rejected"]) for row in by_subset["Ties"]]
     ties = ties_score([(id, [right] if isinstance(right, float) else right, wrong) for id, right, wrong in sides])
-    assert found["judges"]["plain"]["sum"]["benchmarks"]["allenai/reward-bench-2"] == pytest.approx(
-        {"Math": math, "Ties": ties, "score": (math + ties) / 2}
-    )
+    by_hand = {"Math": math, "Ties": ties, "score": (math + ties) / 2}
+    assert scores["allenai/reward-bench-2"] == pytest.approx(by_hand)
     assert "allenai/reward-bench-2: " in capsys.readouterr().out
 
 
@@ -240,7 +239,8 @@ def test_bad_rows_stop_or_are_counted(run, capsys):
 
 
 def test_some_pairs_of_several_files(run, tmp_path):
-    (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": "hello", "chosen": "a dog", "rejected": "fox"}))
+    row = {name: value for name, value in rows(1)[0].items() if name not in ("subset", "domain")}
+    (tmp_path / "more.jsonl").write_text(json.dumps({**row, "id": "other"}))
     found = run(rows(), "--pairs", "4", "--data", str(tmp_path / "rows.jsonl"), str(tmp_path / "more.jsonl"))
     assert {name: each["pairs"] for name, each in found["subsets"].items()} == dict.fromkeys(
         ("small", "large", "more", "only"), 1
@@ -248,15 +248,13 @@ def test_some_pairs_of_several_files(run, tmp_path):
 
 
 def test_what_cannot_be_scored_is_left_out_for_all(config, passes):
-    short = replace(config, cdr_max_length=24)
+    short = replace(config, cdr_max_length=16)
     data = [*preferences(3), replace(preferences(1)[0], id="long", chosen=("this and that " * 20,))]
     found = evaluate(short, data, passes=passes)
     assert [row["id"] for row in found.rows] == ["r0", "r1", "r2"]
     [(reason, count)] = found.summary["unscorable"].items()
-    assert (count, "at most 24 fit" in reason) == (1, True)
-    assert found.summary["truncated"] == 0
-    cut = evaluate(replace(config, cdr_max_length=16), data[:3], passes=passes)
-    assert cut.summary["truncated"] > 0
+    assert (count, "at most 16 fit" in reason) == (1, True)
+    assert found.summary["truncated"] > 0
     with pytest.raises(InputError, match="no pair of completions can be scored: the completion has"):
         evaluate(short, data[3:], passes=passes)
 

@@ -58,7 +58,7 @@ def draw_evaluation(found: Mapping[str, Any]) -> Figure:
     judges = [(reading, name, each) for reading, by_judge in found["judges"].items() for name, each in by_judge.items()]
     domains = list(judges[0][2]["domains"])
     panels = ["mean of domains", *(domains if len(domains) > 1 else [])]
-    figure = Figure(figsize=(3.2 + 2.1 * len(panels), 1.6 + 0.3 * len(judges)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(2.6 + 1.75 * len(panels), 1.3 + 0.32 * len(judges)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for panel, axes in zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], strict=True):
         for place, (reading, name, each) in enumerate(judges):
@@ -67,7 +67,7 @@ def draw_evaluation(found: Mapping[str, Any]) -> Figure:
             axes.hlines(place, low, high, color=colour, linewidth=1.6)
             axes.plot(mean, place, "o", color=colour, markersize=5.5, zorder=3)
             if panel == panels[0] and "calibrated" in each:
-                axes.plot(each["calibrated"][0], place, "d", color=colour, markersize=4.5, fillstyle="none", zorder=3)
+                axes.plot(each["calibrated"][0], place + 0.25, "d", color=colour, markersize=4, zorder=3)
         axes.axvline(0.5, color="#444444", linewidth=0.8, linestyle=":")
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(lambda place, _: f"{place:.0%}")

@@ -38,7 +38,7 @@ from ..scoring.ratio import sum_logps
 from ..scoring.sources import find_source
 
 _FORMAT = 1
-_BATCH = 128  # texts that are run, and then written, together
+_BATCH = 64  # texts that are run, and then written, together
 
 # Options on which a model's log-probabilities depend, beside its weights, its template and the type in force.
 _OPTIONS = (

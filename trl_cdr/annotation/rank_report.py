@@ -73,7 +73,8 @@ def _draw_matrix(axes: Axes, found: Mapping[str, Any]) -> None:
     accuracy = {(pair["strong"], pair["weak"]): pair["accuracy"][0] for pair in found["ranking"]}
     cells = [[accuracy.get((strong, weak), float("nan")) for weak in order] for strong in order]
     image = axes.imshow(cells, cmap="PuOr", vmin=0, vmax=1)
-    axes.figure.colorbar(image, ax=axes, shrink=0.8, label="prefers the better completion")
+    axes.figure.colorbar(image, ax=axes, shrink=0.8, format=lambda height, _: f"{height:.0%}")
+    axes.set_title("prefers the better completion, %", loc="left", fontsize=10)
     if len(order) <= _MOST_NUMBERS:
         for row, line in enumerate(cells):
             for column, cell in enumerate(line):
@@ -106,7 +107,7 @@ def _draw_gaps(axes: Axes, found: Mapping[str, Any]) -> None:
     axes.set_title(f"{len(upward)} pairs{said}", loc="left", fontsize=10)
     axes.set_xlabel(f"gap: strong less weak, {found['performance'].replace('as given', 'performance')}")
     axes.set_ylabel("prefers the better completion, 95 % interval")
-    axes.set_ylim(0, 1)
+    axes.set_ylim(min(0.4, *(pair["accuracy"][1] for pair in upward)) if upward else 0, 1.005)
     axes.set_xlim(left=0)
     axes.yaxis.set_major_formatter(lambda height, _: f"{height:.0%}")
     axes.spines[["top", "right"]].set_visible(False)

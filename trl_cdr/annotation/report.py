@@ -21,7 +21,8 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDTH)
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    console.print(title, style="bold", soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
     for place, name in enumerate(head):
         table.add_column(name.replace("_", " "), justify="right" if place >= names else "left")
     for row in rows:
