@@ -209,6 +209,10 @@ def test_labels_are_suggested_and_choose(run, tmp_path, capsys):
     assert chosen["candidates"]["sum"] == [1.0, 1.0, 1.0]
     assert chosen["labels"] == 5
     assert "5 labels choose: sum" in capsys.readouterr().out
+    (tmp_path / "out" / "suggestions.jsonl").write_bytes((tmp_path / "labels.jsonl").read_bytes())
+    with pytest.raises(SystemExit):
+        run(open_rows, "--suggest_labels", "5")
+    assert "holds labels, and suggest_labels would write over it" in capsys.readouterr().err
 
 
 def test_rows_of_another_judge(run, tmp_path, capsys):

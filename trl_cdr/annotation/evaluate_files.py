@@ -143,6 +143,9 @@ def evaluate_files(arguments: EvaluateArguments, config: CDRConfig) -> Evaluatio
         InputError: the data, labels or baseline can't be read, or nothing can be counted.
         ConfigError, ModelError: see `evaluate`.
     """
+    folder = Path(arguments.output_dir)
+    if arguments.suggest_labels:
+        _keep_labels(folder / "suggestions.jsonl")
     preferences, bad = arguments.read(config)
     labels = [] if arguments.labels is None else read_labels(arguments.labels)
     baseline = None if arguments.baseline is None else read_baseline(arguments.baseline)
@@ -156,11 +159,12 @@ def evaluate_files(arguments: EvaluateArguments, config: CDRConfig) -> Evaluatio
         baseline=baseline,
     )
     found.summary["bad_rows"] = count_bad(bad)
-    folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     options = shareable_options({**vars(arguments), **vars(config)})
     write_json(folder / "evaluate.json", {**found.summary, "options": options})
     (folder / "evaluate.md").write_text(write_markdown(found.summary), encoding="utf-8")
+    for name in ("evaluate.png", "rows.jsonl", "baseline.jsonl"):  # of an earlier run
+        (folder / name).unlink(missing_ok=True)
     if found.rows:
         draw_evaluation(found.summary).savefig(folder / "evaluate.png")
     for name, rows in (("rows", found.rows), ("suggestions", found.suggested), ("baseline", found.compared)):
@@ -183,6 +187,17 @@ def print_selftest() -> bool:
         said = "ok" if check.holds else "WRONG"
         print(f"{check.rule:{width}}  by hand {check.expected:.12f}  found {check.found:.12f}  {said}")
     return all(check.holds for check in checks)
+
+
+def _keep_labels(path: Path) -> None:
+    """
+    Raises:
+        ConfigError: the file holds a person's labels.
+    """
+    if path.exists() and any('"better": null' not in line for line in path.read_text("utf-8").splitlines()):
+        raise ConfigError(
+            f"{str(path)!r} holds labels, and suggest_labels would write over it. Move it, or pass another output_dir."
+        )
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
