@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import chat
@@ -18,9 +19,9 @@ from trl_cdr.scoring.causal_lm import CausalLM
 from trl_cdr.scoring.packing import Layout
 
 ROWS = [
-    {"prompt": "hello", "completion": " world", "id": 7},
+    {"prompt": chat("over"), "completion": " world", "id": 7},
     {"prompt": chat("hello"), "completion": "what is this", "finished": False, "domain": "chat"},
-    {"prompt": "hello", "completion": None},
+    {"prompt": chat("hello"), "completion": None},
 ]
 
 
@@ -32,8 +33,8 @@ def arguments(tmp_path, checkpoints):
     return ["score", "--input", str(source), "--output_dir", str(tmp_path / "out"), *pair]
 
 
-def read(tmp_path, name="scores.jsonl"):
-    return [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
+def read(tmp_path):
+    return [row for path in sorted(tmp_path.glob("out/data/*")) for row in pq.read_table(path).to_pylist()]
 
 
 def fails(capsys, arguments):
@@ -46,9 +47,10 @@ def fails(capsys, arguments):
 def test_score(arguments, tmp_path, checkpoints, capsys):
     main(arguments)
     written = read(tmp_path)
-    assert [{key: row[key] for key in row if key != "score"} for row in written] == ROWS
+    absent = dict.fromkeys(("id", "finished", "domain"))
+    assert [{key: row[key] for key in row if key != "score"} for row in written] == [absent | row for row in ROWS]
     expected = DensityRatioScorer(checkpoints["strong"], checkpoints["weak"]).score(
-        ["hello", chat("hello")], [" world", "what is this"], finished=[True, False]
+        [chat("over"), chat("hello")], [" world", "what is this"], finished=[True, False]
     )
     assert [row["score"]["value"] for row in written[:2]] == pytest.approx([e.value for e in expected], abs=1e-4)
     assert written[2]["score"]["value"] is None
@@ -57,32 +59,36 @@ def test_score(arguments, tmp_path, checkpoints, capsys):
     assert (summary["rows"], summary["scored"], sum(summary["unscorable"].values())) == (3, 2, 1)
     printed = capsys.readouterr().out
     assert "2 of 3" in printed
-    assert str(tmp_path / "out" / "scores.jsonl") in printed  # whole, however long
+    assert str(tmp_path / "out" / "data") in printed  # whole, however long
 
 
-def test_a_stopped_run_goes_on(arguments, tmp_path):
-    arguments += ["--batch_size", "1"]
-    main(arguments)
-    whole = (tmp_path / "out" / "scores.jsonl").read_text()
-    first, second, *_ = whole.splitlines(keepends=True)
-    marked = first.replace('"value": ', '"value": 1')  # what is there is kept, not computed again
-    (tmp_path / "out" / "scores.jsonl").write_text(marked + second[:20])
-    main(arguments)
-    assert (tmp_path / "out" / "scores.jsonl").read_text() == whole.replace(first, marked)
-    main(arguments)  # nothing is left to do
-    assert (tmp_path / "out" / "scores.jsonl").read_text() == whole.replace(first, marked)
-
-
-def test_lines_that_only_python_would_split(arguments, tmp_path):
-    """U+2028, a lone surrogate, and a run that stopped inside of a character."""
+def test_lines_that_only_python_would_split(arguments, tmp_path, capsys):
     rows = [{"prompt": "a\u2028b\x85", "completion": "é"}, {"prompt": "\ud800", "completion": "b"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    main(arguments)
-    whole = (tmp_path / "out" / "scores.jsonl").read_bytes()
-    assert "half of a surrogate pair" in read(tmp_path)[1]["score"]["error"]
-    (tmp_path / "out" / "scores.jsonl").write_bytes(whole[:-30] + "é".encode()[:1])
-    main(arguments)
-    assert (tmp_path / "out" / "scores.jsonl").read_bytes() == whole
+    assert "rows.jsonl:2 holds half of a surrogate pair" in fails(capsys, arguments)
+    main([*arguments, "--on_bad_row", "skip"])
+    assert [(row["prompt"], row["completion"]) for row in read(tmp_path)] == [("a\u2028b\x85", "é")]
+    assert "rows left out      1, see summary.json" in capsys.readouterr().out
+
+
+def test_strings_and_messages_are_no_one_column(arguments, tmp_path, capsys):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": chat("a"), "completion": "b"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert "rows.jsonl:1 to " in fails(capsys, arguments)
+    err = fails(capsys, arguments)
+    assert "prompt is of several kinds" in err
+    assert "a column has one. Give it one, or leave it out." in err
+
+
+def test_fields_take_the_type_that_holds_all(arguments, tmp_path):
+    more = [{"x": 1, "y": None}, {"x": 2.5, "z": {"a": 1}}, {"y": "late", "z": {"b": [2]}}]
+    rows = [{"prompt": "a", "completion": "b", **each} for each in more]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    main([*arguments, "--shard_size", "1"])
+    found = read(tmp_path)
+    assert [row["x"] for row in found] == [1.0, 2.5, None]
+    assert [row["y"] for row in found] == [None, None, "late"]
+    assert [row["z"] for row in found] == [None, {"a": 1, "b": None}, {"a": None, "b": [2]}]
 
 
 def test_a_first_try_that_failed_leaves_the_folder_free(arguments, tmp_path, capsys):
@@ -93,7 +99,7 @@ def test_a_first_try_that_failed_leaves_the_folder_free(arguments, tmp_path, cap
 
 def test_input_that_is_no_utf8(arguments, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe")
-    assert "which is no UTF-8" in fails(capsys, arguments)
+    assert "rows.jsonl:1 is no UTF-8" in fails(capsys, arguments)
 
 
 def test_scores_of_different_runs_do_not_mix(arguments, tmp_path, capsys):
@@ -122,7 +128,7 @@ def test_score_under_criteria(arguments, tmp_path, checkpoints, capsys):
     ("line", "message"),
     [
         ("{", "rows.jsonl:2 is no JSON"),
-        ("[1]", "rows.jsonl:2 needs the fields prompt and completion"),
+        ("[1]", "rows.jsonl:2 is no JSON object"),
         ('{"prompt": "a"}', "rows.jsonl:2 needs the fields prompt and completion"),
         ('{"prompt": "a", "completion": "b", "finished": "no"}', "rows.jsonl:2 has finished: 'no'"),
         ('{"prompt": "a", "completion": "b", "score": 1}', "rows.jsonl:2 has a field score already"),
@@ -289,6 +295,6 @@ def test_score_looks_for_the_routers_column_first(checkpoints, tmp_path, capsys)
     assert "router is 'column:topic', and input " in err
     assert not (tmp_path / "out").exists()
     main([*arguments, "--cdr_criteria", "safety", "--cdr_router", "column:kind"])
-    lines = [json.loads(line)["score"] for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
+    lines = [row["score"] for row in read(tmp_path)]
     assert [line["domain"] for line in lines] == [None, "safety"]
     assert lines[0]["error"]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_cdr.demo import cache as cache_module
 from trl_cdr.demo import models, world
 
 
@@ -117,17 +116,6 @@ def test_of_two_builds_at_once_the_first_one_stays(cache, monkeypatch):
     assert models.build_checkpoints() == overtaken.checkpoints
     assert overtaken.checkpoints.base.stat().st_mtime_ns == overtaken.stamp
     assert len(list(cache.iterdir())) == 1
-
-
-def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.delenv("TRL_CDR_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_module._cache_folder() == tmp_path / "xdg" / "trl-cdr"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_module._cache_folder() == tmp_path / ".cache" / "trl-cdr"
-    monkeypatch.setenv("TRL_CDR_CACHE", str(tmp_path / "own"))
-    assert cache_module._cache_folder() == tmp_path / "own"
 
 
 @pytest.mark.usefixtures("cache")

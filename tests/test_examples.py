@@ -72,6 +72,26 @@ def test_online_simpo(loss, tmp_path):
     assert (tmp_path / "policy" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_annotate(tmp_path):
+    out = run("07_annotate.py", "--tiny", cwd=tmp_path)
+    right = {side: float(share) for side, share in re.findall(r"share of (\w+) that are right: (\S+)", out)}
+    assert right["chosen"] >= 0.85
+    assert right["rejected"] <= 0.05
+    assert "columns: prompt, chosen, rejected, score_chosen, score_rejected, margin" in out
+
+
+@pytest.mark.slow
+def test_rank_pairs(tmp_path):
+    out = run("08_rank_pairs.py", "--tiny", "--output_dir", "ranked", cwd=tmp_path)
+    found = json.loads((tmp_path / "ranked" / "rank_pairs.json").read_text())
+    assert (len(found["models"]), sum(found["passes"].values())) == (13, 13)
+    assert found["spearman"] > 0.8
+    strong, weak = re.fullmatch(r"best pair: (\S+) over (\S+), 0.\d+", out.splitlines()[-1]).groups()
+    assert found["models"][found["ranking"][0]["strong"]]["performance"] > 0.7
+    assert strong > weak or weak == "base"
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")  # TRL's, see test_train
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_yaml_is_read_to_the_last_key(path, tmp_path):

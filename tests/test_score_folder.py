@@ -1,12 +1,10 @@
-"""What a folder of scores refuses: other weights or options, lines that are no scores, a second process."""
+"""What a folder of scores refuses: other weights or options, a second process; and what is written whole."""
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import fields
 
+import pyarrow.parquet as pq
 import pytest
 from lora import save_adapter
 from tiny import chat, llama
@@ -18,8 +16,8 @@ from trl_cdr.annotation.score_folder import WITHOUT_EFFECT, check_options, write
 from trl_cdr.scoring.scorer import DensityRatioScorer
 
 ROWS = [
-    {"prompt": chat(prompt), "completion": completion, "noise": float("nan")}  # a NaN is not equal to itself
-    for prompt in ("hello", "what is this", "the quick brown fox")
+    {"prompt": chat(prompt), "completion": completion, "noise": float("nan")}
+    for prompt in ("hello", "what is this")
     for completion in ("world", "that is a lazy dog", "and this")
 ]
 
@@ -37,38 +35,40 @@ def out(tmp_path):
 
 @pytest.fixture
 def score(tmp_path, pair, out):
-    def score(rows=ROWS, *, batch_size=4, **options):
-        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        arguments = ScoreArguments(str(tmp_path / "rows.jsonl"), str(out), batch_size)
+    def score(shard="0/1", *, batch_size=2, **options):
+        """The shards that are there when it is done; of two, `"0/2"` writes the first."""
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+        arguments = ScoreArguments(
+            str(tmp_path / "rows.jsonl"), str(out), batch_size=batch_size, shard_size=3, shard=shard
+        )
         models = {f"cdr_{role}": str(folder) for role, folder in pair.items()}
         score_file(arguments, CDRConfig(**models | options))
-        return (out / "scores.jsonl").read_bytes()
+        return read(out)
 
     return score
 
 
-def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(score, out):
-    """Wherever the file was torn: at the end of a line, inside of one, inside of a batch."""
+def read(out):
+    return [path.read_bytes() for path in sorted(out.glob("data/*"))]
+
+
+def test_a_run_that_was_stopped_goes_on(score, out):
     whole = score()
-    ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in (5, ends[0] + 7, ends[4], len(whole) - 1):
-        (out / "scores.jsonl").write_bytes(whole[:cut])
-        assert score() == whole, cut
+    (out / "data" / "train-000001.parquet").unlink()
+    assert score() == whole
 
 
-def test_what_is_done_is_not_scored_again(score, out, monkeypatch):
+def test_what_is_done_is_not_scored_again(score, monkeypatch):
     whole = score()
     monkeypatch.setattr(DensityRatioScorer, "load", None)
     monkeypatch.setattr(DensityRatioScorer, "describe", None)
     assert score() == whole
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]"])
-def test_options_that_are_not_there(content, score, out):
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_options_that_can_not_be_read(content, score, out):
     score()
-    (out / "options.json").unlink()
-    if content is not None:
-        (out / "options.json").write_text(content)
+    (out / "options.json").write_text(content)
     with pytest.raises(ConfigError, match="options.json' says what .* can't be read: .* Pass another output_dir"):
         score()
 
@@ -82,18 +82,9 @@ def test_options_are_written_whole_or_not_at_all(score, out, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         score()
     assert not (out / "options.json").exists()
-    assert not (out / "scores.jsonl").exists()
+    assert not (out / "data").exists()
     monkeypatch.undo()
     score()
-
-
-@pytest.mark.parametrize("garbage", [b"\0\0\0\n", b"\xff\n", b"7\n", b"\n", b'{"prompt": "a"}\n', b'{"score": {}}\n'])
-def test_a_line_that_is_no_score_is_named(garbage, score, out):
-    lines = score().splitlines(keepends=True)
-    (out / "scores.jsonl").write_bytes(lines[0] + garbage + lines[1])
-    with pytest.raises(ConfigError, match="scores.jsonl:2 is no line that trl-cdr score wrote .* Cut the file off"):
-        score()
-    assert (out / "scores.jsonl").read_bytes() == lines[0] + garbage + lines[1]
 
 
 def test_an_output_dir_that_is_a_file(score, out):
@@ -108,8 +99,7 @@ def test_an_output_dir_that_is_a_file(score, out):
 )
 def test_other_weights_under_the_same_path(role, name, score, pair, tokenizer, out):
     """Trained on: the same architecture, sizes and headers."""
-    score(ROWS[:4])
-    before = (out / "scores.jsonl").read_bytes()
+    before = score("0/2")
     if name == "model.safetensors":
         size = (pair[role] / name).stat().st_size
         llama(len(tokenizer), seed=5).save_pretrained(pair[role])
@@ -119,13 +109,13 @@ def test_other_weights_under_the_same_path(role, name, score, pair, tokenizer, o
         (pair[role] / name).write_text(json.dumps(changed))
     with pytest.raises(ConfigError, match=f"holds scores by other weights of {role}: .* was sha256 .* is sha256 "):
         score()
-    assert (out / "scores.jsonl").read_bytes() == before
+    assert read(out) == before
 
 
-def test_another_adapter_under_the_same_path(score, pair, tmp_path, out):
+def test_another_adapter_under_the_same_path(score, pair, tmp_path):
     adapter = save_adapter(tmp_path / "adapter", pair["strong"])
-    whole = score(ROWS[:4], cdr_strong_adapter=adapter)
-    assert score(ROWS[:4], cdr_strong_adapter=str(shutil.move(adapter, tmp_path / "moved"))).startswith(whole)
+    first = score("0/2", cdr_strong_adapter=adapter)
+    assert score("0/2", cdr_strong_adapter=str(shutil.move(adapter, tmp_path / "moved"))) == first
     save_adapter(tmp_path / "moved", pair["strong"], seed=1)
     for other in ({"cdr_strong_adapter": str(tmp_path / "moved")}, {}):
         with pytest.raises(ConfigError, match=r"by other weights of strong: .* was sha256 .* with adapter sha256"):
@@ -133,14 +123,13 @@ def test_another_adapter_under_the_same_path(score, pair, tmp_path, out):
 
 
 def test_a_folder_that_was_moved_goes_on(score, pair, tmp_path):
-    whole = score(ROWS[:4])
+    first = score("0/2")
     moved = shutil.move(pair["strong"], tmp_path / "moved")
-    assert score(cdr_strong=str(moved)).startswith(whole)
+    assert score(cdr_strong=str(moved))[:1] == first
 
 
 def test_the_remedy_of_a_branch_that_moved(out):
     out.mkdir()
-    (out / "scores.jsonl").write_text("{}\n")
     write_json(out / "options.json", {"cdr_strong": "a/b", "strong_weights": "commit 123"})
     with pytest.raises(ConfigError, match="Pass cdr_strong_revision='123' to go on with those, or another output_dir"):
         check_options(out, {"cdr_strong": "a/b", "strong_weights": "commit 456"})
@@ -156,7 +145,6 @@ def test_the_remedy_of_a_branch_that_moved(out):
 )
 def test_weights_that_no_revision_names(then, message, out):
     out.mkdir()
-    (out / "scores.jsonl").write_text("{}\n")
     write_json(out / "options.json", {"cdr_strong": "a/b"} | then)
     with pytest.raises(ConfigError, match=message):
         check_options(out, {"cdr_strong": "a/b", "strong_weights": "commit 456"})
@@ -172,7 +160,7 @@ def test_weights_that_no_revision_names(then, message, out):
     ],
 )
 def test_an_option_that_changes_scores_is_refused(option, message, score):
-    score(ROWS[:4])
+    score("0/2")
     with pytest.raises(ConfigError, match=message):
         score(**option)
 
@@ -180,14 +168,14 @@ def test_an_option_that_changes_scores_is_refused(option, message, score):
 def test_a_template_that_changed_under_its_path(score, tmp_path, tokenizer):
     path = tmp_path / "template.jinja"
     path.write_text(tokenizer.chat_template)
-    score(ROWS[:4], cdr_chat_template=str(path))
+    score("0/2", cdr_chat_template=str(path))
     path.write_text(tokenizer.chat_template + " ")
     with pytest.raises(ConfigError, match="chat_template_sha256="):
         score(cdr_chat_template=str(path))
 
 
 def test_an_option_that_changes_no_score_is_not(score, checkpoints):
-    score(ROWS[:4])
+    score("0/2")
     score(
         cdr_token_budget=4096,
         cdr_device="cpu",
@@ -198,18 +186,17 @@ def test_an_option_that_changes_no_score_is_not(score, checkpoints):
         cdr_on_gaming="off",
         cdr_policy_tokenizer=checkpoints["weak"],
     )
-    assert {field.name for field in fields(CDRConfig)} >= WITHOUT_EFFECT
+    known = {field.name for field in fields(CDRConfig)}
+    assert {name for name in WITHOUT_EFFECT if name.startswith("cdr_")} <= known
 
 
 def test_a_token_is_neither_written_nor_compared(score, out, tmp_path):
-    """Nor where the models are kept; a folder of an earlier version may hold them, and infinity as JSON has it not."""
+    """Nor where the models are kept."""
     local = {"token": "hf_secret", "cache_dir": str(tmp_path / "cache"), "local_files_only": True}
     whole = score(cdr_model_init_kwargs=local, cdr_gate="none")
     text = (out / "options.json").read_text()
     assert not [name for name in ('"token"', "cache_dir", "local_files_only", "hf_secret", "Infinity") if name in text]
     assert score(cdr_gate="none") == whole
-    before = json.loads(text) | {"cdr_model_init_kwargs": local, "cdr_gate": "none"}
-    write_json(out / "options.json", before)
     assert score(cdr_model_init_kwargs={"token": "hf_rotated"}, cdr_gate="none") == whole
     with pytest.raises(ConfigError, match="cdr_model_init_kwargs=None, and now it is {'attn_implementation': 'eager'}"):
         score(cdr_model_init_kwargs={"token": "hf_rotated", "attn_implementation": "eager"}, cdr_gate="none")
@@ -229,39 +216,9 @@ def test_a_second_process_is_refused(score, out, monkeypatch):
     score()
 
 
-# `trl-cdr` with a process that is killed when it comes to its third batch.
-KILLED = """
-import os, signal
-from trl_cdr.cli import main
-from trl_cdr.scoring.scorer import DensityRatioScorer
-
-real, batches = DensityRatioScorer.score, []
-
-def score(self, *args, **kwargs):
-    batches.append(args)
-    if len(batches) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, *args, **kwargs)
-
-DensityRatioScorer.score = score
-main()
-"""
-
-
-@pytest.mark.slow
-def test_kill_minus_nine(score, out, tmp_path, pair):
-    """A lock and half a file that a killed process leaves behind stop nobody."""
-    whole = score()
-    (out / "scores.jsonl").unlink()
-    command = [sys.executable, "-c", KILLED, "score", "--input", tmp_path / "rows.jsonl", "--output_dir", out]
-    command += ["--batch_size", "4", "--cdr_strong", pair["strong"], "--cdr_weak", pair["weak"]]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
-    assert (out / "scores.jsonl").read_bytes() == b"".join(whole.splitlines(keepends=True)[:8])
-    assert score() == whole
-
-
-def test_what_the_gate_found_is_written_and_another_gate_is_refused(score):
-    rows = [json.loads(line)["score"] for line in score(cdr_gate="surprise").splitlines()]
+def test_what_the_gate_found_is_written_and_another_gate_is_refused(score, out):
+    score("0/2", cdr_gate="surprise")
+    rows = pq.read_table(out / "data" / "train-000000.parquet")["score"].to_pylist()
     assert all(row["surprise"] > 0 and row["survival"] >= 0 and row["typicality"] is None for row in rows)
     with pytest.raises(ConfigError, match="holds scores with cdr_gate='surprise', and now it is 'typicality'"):
         score(cdr_gate="typicality")

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from trl_cdr.scoring.selection import Pair, combine_rewards, select_pair
+from trl_cdr.scoring.selection import Pair, combine_rewards, select_all_pairs, select_pair
 
 NAN, INF = math.nan, math.inf
 
@@ -63,6 +63,18 @@ def test_best_against_a_random_other():
     assert set(drawn) == {0, 2, 4}
     assert all(900 < count < 1100 for count in drawn.values())
     assert select([1.0, 1.0, 1.0], "best_random").skipped == "tie"
+
+
+def test_all_pairs():
+    assert select_all_pairs([1.0, NAN, 3.0, 1.0]) == [
+        Pair(2, 0, 2.0, None),
+        Pair(0, 3, 0.0, "tie"),
+        Pair(2, 3, 2.0, None),
+    ]
+    assert select_all_pairs([0.0, 3.0, 1.0], min_margin=2.0, truncated=[2]) == [Pair(1, 0, 3.0, None)]
+    assert [pair.skipped for pair in select_all_pairs([0.0, 3.0, 1.0], min_margin=2.0)] == [None, "min_margin", None]
+    assert [pair.skipped for pair in select_all_pairs([0.0, NAN])] == ["missing"]
+    assert [pair.skipped for pair in select_all_pairs([0.0, 1.0], truncated=[1])] == ["truncated"]
 
 
 def test_the_draw_is_the_generators_and_nobody_elses():

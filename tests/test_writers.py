@@ -1,5 +1,7 @@
 """Samples for the probe, of tiny random models."""
 
+from collections import Counter
+
 import pytest
 import torch
 from tiny import byte_tokenizer, chat, llama
@@ -15,8 +17,11 @@ def pair(strong, weak, tokenizer):
     return DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer).load()
 
 
-def sample(member, prompts=PROMPTS, **options):
-    return write(member, prompts, **{"per_prompt": 2, "temperature": 1.0, "max_new_tokens": 6, "seed": 0, **options})
+def sample(member, prompts=PROMPTS, *, seed=0, **options):
+    seeds = [f"{seed} {prompt}" for prompt in prompts]
+    return write(
+        member, prompts, **{"per_prompt": 2, "temperature": 1.0, "max_new_tokens": 6, "seeds": seeds, **options}
+    )
 
 
 def test_samples_are_seeded_and_leave_no_trace(pair):
@@ -34,16 +39,38 @@ def test_samples_are_seeded_and_leave_no_trace(pair):
 
 
 def test_what_others_share_a_batch_does_not_matter(pair):
-    """As cold as this the likeliest token is written, whatever is drawn."""
-    together = sample(pair.strong, temperature=1e-4, per_prompt=1)
-    alone = [sample(pair.strong, [prompt], temperature=1e-4, per_prompt=1)[0] for prompt in PROMPTS]
-    assert together == alone
+    together = sample(pair.strong)
+    assert together == [sample(pair.strong, [prompt])[0] for prompt in PROMPTS]
+    assert together == sample(pair.strong, PROMPTS[::-1])[::-1]
+    assert [group[:2] for group in sample(pair.strong, per_prompt=5)] == together  # more of them change none
+    assert together[0][0] != together[0][1]
+
+
+def test_the_coldest_sample_is_greedy(pair):
     ids = pair.strong.encoder.tokenizer("the quick brown fox jumps")["input_ids"]
     written = len(ids)
     with torch.no_grad():
         for _ in range(6):
             ids.append(int(pair.strong.lm.model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert together[1][0].text == pair.strong.encoder.tokenizer.decode(ids[written:], skip_special_tokens=True)
+    cold = sample(pair.strong, temperature=1e-4, per_prompt=1)
+    assert cold[1][0].text == pair.strong.encoder.tokenizer.decode(ids[written:], skip_special_tokens=True)
+
+
+def test_samples_are_of_the_models_distribution(pair):
+    """First tokens of many samples beside the probabilities that they have."""
+    tokenizer, lm = pair.strong.encoder.tokenizer, pair.strong.lm.model
+    [group] = sample(pair.strong, ["over"], per_prompt=4000, max_new_tokens=1, temperature=8.0)
+    with torch.no_grad():
+        logits = lm(torch.tensor([tokenizer("over")["input_ids"]])).logits[0, -1].double()
+    expected = {}
+    for token, share in enumerate((logits / 8.0).softmax(-1).tolist()):
+        text = tokenizer.decode([token], skip_special_tokens=True)
+        expected[text] = expected.get(text, 0.0) + share
+    found = Counter(one.text for one in group)
+    likely = [text for text, share in expected.items() if share > 0.02]
+    assert len(likely) > 5
+    for text in likely:
+        assert abs(found[text] / 4000 - expected[text]) < 4 * (expected[text] / 4000) ** 0.5
 
 
 def test_the_end_of_the_turn_ends_a_sample(tokenizer, weak):

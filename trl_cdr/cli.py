@@ -19,7 +19,10 @@ from .errors import CDRError, ConfigError
 _COMMANDS = {
     "demo": "build a tiny strong/weak pair and train a policy on its labels, offline, in about two minutes",
     "train": "train a policy on the pair's labels: GRPO, RLOO, online DPO, SimPO; from YAML or arguments",
-    "score": "score a JSONL file of prompts and completions",
+    "score": "score prompts and completions: a file, a folder or a data set",
+    "annotate": "make a preference data set: completions to prompts, scored, the chosen and the rejected of them",
+    "evaluate": "count how often a pair prefers the better completion, on preference sets, beside other judges",
+    "rank-pairs": "run each of several models once, and rank every pair of them",
     "probe": "attack a pair's reward before training on it: what is worth more than an honest completion?",
     "audit": "look into a run's log for a policy that games the reward",
     "bench": "measure what scoring costs, beside the naive way",
@@ -49,6 +52,11 @@ _OFTEN = {
 _DATA_HELP = "with --real: JSONL of prompt, chosen, rejected to tune the strong model on, in place of pairs of its own"
 _AUDIT_STATUS = (
     "exit status: 0 no alarm, 1 an alarm, 2 nothing that can be judged (no log, no metrics, a run too short)"
+)
+_EVALUATE_EXAMPLES = (
+    "trl-cdr evaluate --cdr_strong STRONG --cdr_weak WEAK --data pairs.jsonl more.parquet",
+    "trl-cdr evaluate --cdr_strong STRONG --cdr_weak WEAK --data allenai/reward-bench",
+    "trl-cdr evaluate --selftest        # the rules of RewardBench on values made up for them",
 )
 _TRAIN_EXAMPLES = (
     "trl-cdr train --config run.yaml --max_steps 200",
@@ -80,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not {"", os.getcwd()} & set(sys.path):  # functions that options name by dotted path, as under python -m
         sys.path.append(os.getcwd())
     try:
-        runs = (_demo, _train, _score, _probe, _audit, _bench, _doctor)
-        {run.__name__.removeprefix("_"): run for run in runs}[command.command](rest)
+        runs = (_demo, _train, _score, _annotate, _evaluate, _rank_pairs, _probe, _audit, _bench, _doctor)
+        {run.__name__.removeprefix("_").replace("_", "-"): run for run in runs}[command.command](rest)
     except CDRError as error:
         print(f"trl-cdr {command.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -154,6 +162,37 @@ def _score(argv: list[str]) -> None:
     score_file(arguments, config)
 
 
+def _annotate(argv: list[str]) -> None:
+    from .annotation.annotate import AnnotateArguments, annotate
+    from .config import CDRConfig
+
+    groups = (Group("what to annotate", AnnotateArguments), Group("the pair and its reward", CDRConfig))
+    arguments, config = _parse("annotate", groups, argv)
+    _check_output(arguments.output_dir)
+    annotate(arguments, config)
+
+
+def _evaluate(argv: list[str]) -> None:
+    from .annotation.evaluate_files import EvaluateArguments, evaluate_files, print_selftest
+    from .config import CDRConfig
+
+    if argv == ["--selftest"]:
+        raise SystemExit(0 if print_selftest() else 1)
+    groups = (Group("what it is evaluated on", EvaluateArguments), Group("the pair", CDRConfig))
+    arguments, config = _parse("evaluate", groups, argv, examples=_EVALUATE_EXAMPLES)
+    _check_output(arguments.output_dir)
+    evaluate_files(arguments, config)
+
+
+def _rank_pairs(argv: list[str]) -> None:
+    from .annotation.rank_pairs import RankArguments, RankOptions, rank_files
+
+    groups = (Group("what is ranked", RankArguments), Group("how all models are read", RankOptions))
+    arguments, options = _parse("rank-pairs", groups, argv)
+    _check_output(arguments.output_dir)
+    rank_files(arguments, options)
+
+
 def _probe(argv: list[str]) -> None:
     from .annotation.probe_file import ProbeArguments, probe_file
     from .config import CDRConfig
@@ -211,6 +250,13 @@ def _bench(argv: list[str]) -> None:
         print(json.dumps(optimum, indent=2)) if args.json else print_optimum(optimum)
         return
 
+    if args.workload == "annotate":
+        from .bench.annotate import print_annotate, run_annotate
+
+        annotated = run_annotate()
+        print(json.dumps(annotated, indent=2)) if args.json else print_annotate(annotated)
+        return
+
     if args.workload == "pair_step":
         from .bench.pair_step import print_pair_step, run_pair_step
 
@@ -255,11 +301,12 @@ def _read_bench(argv: list[str]) -> argparse.Namespace:
     about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
     about += "; memory: a pair that stays, or sleeps between calls: peaks, and seconds to wake (with llama-8b on a GPU)"
     about += "; adapter_pair: a base and an adapter on it, beside the same pair as two models"
+    about += "; annotate: rows a second and memory without models, and what runs end with that are killed"
     about += "; gaming: policies trained on the plain and on gated rewards (hours)"
     about += "; alarms: runs by which the monitor is judged, healthy and collapsing (hours; goes on where it was)"
     about += "; optimum: what a policy converges to, by weighted samples and by training (20 minutes)"
     about += "; real: a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)"
-    choices = [*WORKLOADS, "pair_step", "adapter_pair", "memory", "gaming", "alarms", "optimum", "real"]
+    choices = [*WORKLOADS, "pair_step", "adapter_pair", "memory", "annotate", "gaming", "alarms", "optimum", "real"]
     parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
     parser.add_argument(
         "--model",

@@ -377,6 +377,11 @@ def shareable_options(config: CDRConfig | Mapping[str, Any]) -> dict[str, Any]:
     return shared
 
 
+def shareable_name(name: str) -> str:
+    """A name as everyone may read it: of a path of this machine the last part."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
 def _as_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(name): _as_json(each) for name, each in value.items()}

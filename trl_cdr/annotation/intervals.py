@@ -1,6 +1,7 @@
-"""How sure a mean is. Pure."""
+"""How sure a mean is, and whether two columns rise together. Pure."""
 
 import random
+import statistics
 from collections.abc import Sequence
 
 _RESAMPLES = 2000
@@ -28,3 +29,16 @@ def bootstrap(values: Sequence[float], groups: Sequence[object], *, seed: int = 
         means.append(sum(total for total, _ in again) / sum(count for _, count in again))
     means.sort()
     return [sum(values) / len(values), means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES)]]
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rank correlation of two columns; `None` where one of them does not vary."""
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    return statistics.correlation(_ranks(first), _ranks(second))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """From 1; equal values share the mean of theirs."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in values]

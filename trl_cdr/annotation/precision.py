@@ -22,7 +22,7 @@ from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
 from ..scoring.sources import find_sources
 from .precision_rows import ROWS
-from .rows import read_rows
+from .reader import needs, open_source, read_rows
 
 
 def measure_precision(config: CDRConfig, input: str | None = None) -> dict[str, Any]:
@@ -144,8 +144,8 @@ def _value(score: Score) -> float:
 
 
 def _read(path: Path) -> list[tuple[Prompt, str]]:
-    rows = read_rows(path, fields=("prompt", "completion"))
-    return [(row["prompt"], row["completion"]) for row in rows]
+    rows = read_rows(open_source(path), check=needs("prompt", "completion"))
+    return [(row.fields["prompt"], row.fields["completion"]) for row in rows]
 
 
 def _own_rows(scorer: DensityRatioScorer) -> list[tuple[Prompt, str]]:

@@ -119,7 +119,7 @@ def probe(
                 per_prompt=best_of,
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
-                seed=seed + 1,
+                seeds=[f"{seed} best of {place}" for place in range(len(field.prompts))],
             )
         if search_budget:
             attacks |= _search(scorer, field, budget=search_budget, on_stage=on_stage)
@@ -194,7 +194,14 @@ def _fill(field: _Field, writer: Member, *, max_new_tokens: int, seed: int) -> _
     """Honest completions where there are none."""
     missing = [place for place, group in enumerate(field.honest) if not group]
     prompts = [field.prompts[place] for place in missing]
-    written = write(writer, prompts, per_prompt=_HONEST, temperature=1.0, max_new_tokens=max_new_tokens, seed=seed)
+    written = write(
+        writer,
+        prompts,
+        per_prompt=_HONEST,
+        temperature=1.0,
+        max_new_tokens=max_new_tokens,
+        seeds=[f"{seed} honest {place}" for place in missing],
+    )
     honest = list(field.honest)
     for place, group in zip(missing, written, strict=True):
         honest[place] = group

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..errors import ConfigError, InputError
 from ..scoring.scorer import DensityRatioScorer
 from .probe import probe
 from .probe_report import ATTACK_NAMES, draw_probe, print_probe
-from .rows import load_rows
+from .reader import needs, open_source, read_rows
 from .score_folder import write_json
 
 
@@ -84,7 +85,8 @@ def probe_file(arguments: ProbeArguments, config: CDRConfig) -> str | None:
         ConfigError: see `probe`.
         ModelError: see `probe`.
     """
-    rows = load_rows(arguments.input, fields=("prompt",), most=arguments.prompts)
+    found_rows = read_rows(open_source(arguments.input), check=needs("prompt"))
+    rows = [row.fields for row in islice(found_rows, arguments.prompts)]
     if not rows:
         raise InputError(f"input is {arguments.input!r}, which has no rows. Give a few dozen prompts.")
     scorer = DensityRatioScorer.from_config(config)

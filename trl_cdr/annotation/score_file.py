@@ -1,170 +1,188 @@
-"""A JSONL file of prompts and completions -> the same lines with their scores. Resumable; runs no model itself.
+"""`trl-cdr score`: rows of a prompt and a completion -> the same rows with their scores, as Parquet. Runs no model.
 
-Neighbours: `cli` parses the arguments, `scoring.scorer` scores, `score_folder` knows what an earlier run has left.
+Neighbours: `cli` parses the arguments, `scoring.scorer` scores, `pipeline` reads, shards and resumes.
 """
 
-import hashlib
-import json
-import math
-import time
-from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
+import pyarrow as pa
+from datasets import Dataset
 
-from ..config import CDRConfig, shareable_options
-from ..errors import ConfigError
-from ..scoring.score import Score
+from ..config import CDRConfig
+from ..errors import InputError
 from ..scoring.scorer import DensityRatioScorer
-from ..scoring.sources import find_sources
-from .rows import read_rows
-from .score_folder import Done, check_options, hold, read_done, write_json
+from .pair_options import check_router, known_options, loaded_options, row_domains
+from .pipeline import Job, RunArguments, open_input, run
+from .reader import Check, OnBadRow, Row, Source, needs, read_rows
+from .score_folder import SUMMARY
+from .shards import Counts, Labelled
 
-_SHOWN = (
-    *("value", "strong_logps", "weak_logps", "n_tokens", "domain", "finished", "truncated"),
-    *("surprise", "survival", "gated", "error"),
+_AT_ONCE = 1000  # rows whose types are looked at
+_NEEDS = needs("prompt", "completion")
+_SCORE = pa.struct(
+    [
+        *((name, pa.float64()) for name in ("value", "strong_logps", "weak_logps")),
+        ("n_tokens", pa.int64()),
+        ("domain", pa.string()),
+        *((name, pa.bool_()) for name in ("finished", "truncated")),
+        *((name, pa.float64()) for name in ("surprise", "survival", "typicality")),
+        ("gated", pa.bool_()),
+        ("error", pa.string()),
+    ]
+)
+_ABOUT = (
+    "Completions and their scores: the log-density ratio of a strong over a weak model, "
+    "log p_strong(y | c, x) - log p_weak(y | c, x), nats ([arXiv 2411.02481](https://arxiv.org/abs/2411.02481))."
 )
 
 
 @dataclass
-class ScoreArguments:
-    """
-    What to score, and where the scores go.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
+class ScoreArguments(RunArguments):
+    """What to score, and where the scores go."""
 
     input: str = field(
         metadata={
-            "help": "JSONL file. Each line holds prompt and completion (strings or messages), and may hold finished "
-            "(false: cut off, no end token) and domain. Other fields are kept."
+            "help": "A .jsonl (or .jsonl.gz, .parquet, .json, .csv) file, a folder of such, or a name on the Hub. Each "
+            "row holds prompt and completion (strings or messages), and may hold finished (false: cut off, no end "
+            "token) and domain. Other fields are kept."
         }
     )
     output_dir: str = field(
         default="./trl-cdr-score",
-        metadata={"help": "Folder for scores.jsonl and summary.json. A run that was stopped goes on from here."},
+        metadata={"help": "Folder for the scores. A run that was stopped, however, goes on from here."},
     )
-    batch_size: int = field(default=64, metadata={"help": "Rows that are scored and written at a time."})
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}: it counts rows. Use 1 or more.")
 
 
-def score_file(arguments: ScoreArguments, config: CDRConfig) -> dict[str, Any]:
+def score_file(arguments: ScoreArguments, config: CDRConfig, *, data: Dataset | None = None) -> dict[str, Any] | None:
     """
-    Score every line of a file.
+    Score every row of a file or data set: `data/*.parquet` and `summary.json` in the output folder.
 
     Args:
         arguments (`ScoreArguments`): Input and output.
         config (`CDRConfig`): The pair and its options.
+        data (`Dataset`, *optional*): Rows from memory in place of `arguments.input`, which is then their name.
 
     Returns:
-        `dict`: what `summary.json` holds: `rows`, `scored`, `unscorable` (reason -> rows), `value.mean` (nats),
-        `tokens`, `seconds`.
+        `dict` or `None`: what `summary.json` holds: `rows`, `scored`, `unscorable` (reason -> rows), `value.mean`
+        (nats), `tokens`, `bad_rows`; `None` while other machines or processes have shards to write.
 
     Raises:
-        InputError: the file does not exist, or a line is no JSON object with prompt and completion. Nothing is scored.
-        ConfigError: the output folder is in use, can't be written, or holds scores of another input, other weights or
-            other options, or lines that are no scores.
+        InputError: the input can't be read, or a row has no prompt and completion. Nothing is scored.
+        ConfigError: see `pipeline.run`.
         ModelError: see `DensityRatioScorer`.
     """
-    rows = read_rows(Path(arguments.input), fields=("prompt", "completion"), reserved=("score",))
-    folder = Path(arguments.output_dir)
+    source = open_input(arguments, data)
     scorer = DensityRatioScorer.from_config(config)
-    if scorer.router is not None and rows:
-        scorer.router.check_column({name for row in rows for name in row}, where=f"input {arguments.input!r}")
-    started = time.perf_counter()
-    with hold(folder):
-        done = read_done(folder / "scores.jsonl", rows, fields={*_SHOWN}, batch_size=arguments.batch_size)
-        options = _read_options(scorer)
-        check_options(folder, options)
-        if len(done.scores) < len(rows):
-            described = scorer.describe()  # loads the pair
-            options |= {f"{role}_dtype": described[role]["dtype"] for role in ("strong", "weak")}
-            check_options(folder, options)
-            write_json(folder / "options.json", options)
-            _append_scores(folder / "scores.jsonl", scorer, rows, done, batch_size=arguments.batch_size)
-        summary = _summarise(done.scores, time.perf_counter() - started)
-        write_json(folder / "summary.json", summary)
-    _print_summary(summary, folder / "scores.jsonl")
-    return summary
+    check_router(scorer, source)
+    job = Job(
+        command="score",
+        options=known_options(scorer),
+        check=_check,
+        schema=lambda: find_schema(source, check=_check, on_bad_row=arguments.on_bad_row).append(
+            pa.field("score", _SCORE)
+        ),
+        load=lambda: loaded_options(scorer),
+        label=partial(_label, scorer),
+        summarise=_summarise,
+        show=_show,
+        about=_ABOUT,
+    )
+    return run(arguments, source, job)
 
 
-def _read_options(scorer: DensityRatioScorer) -> dict[str, Any]:
-    """What the scores will depend on, as far as it is known without the models."""
-    config = scorer.config
-    init_kwargs: Any = config.cdr_model_init_kwargs
-    template = config.cdr_chat_template
-    return {
-        **shareable_options(config),
-        **{
-            f"{role}_weights": source.identify(role, init_kwargs=init_kwargs)
-            for role, source in find_sources(config).items()
-        },
-        "criteria_sha256": None if scorer.criteria is None else scorer.criteria.digest,
-        "chat_template_sha256": None if template is None else hashlib.sha256(Path(template).read_bytes()).hexdigest(),
-    }
+def find_schema(source: Source, *, check: Check, on_bad_row: OnBadRow) -> pa.Schema:
+    """
+    The types of all fields of a source's rows: the narrowest that hold what is there.
+
+    Args:
+        source (`Source`): All of it is read.
+        check (`Check`), on_bad_row (`str`): Which rows count; see `reader.sift`.
+
+    Raises:
+        InputError: a field is of kinds that no one type holds, such as strings here and messages there.
+    """
+    rows = read_rows(source, check=check, on_bad_row=on_bad_row)
+    types: dict[str, pa.DataType] = {}
+    for some in _chunks(rows):
+        for name in dict.fromkeys(name for row in some for name in row.fields):
+            try:
+                found = pa.array([row.fields.get(name) for row in some]).type
+                types[name] = _widen(types.get(name, pa.null()), found)
+            except pa.ArrowException as error:
+                raise InputError(
+                    f"{some[0].where} to {some[-1].where}: {name} is of several kinds ({error}), here or beside what "
+                    "stands before, and a column has one. Give it one, or leave it out."
+                ) from None
+    return pa.schema(types.items())
 
 
-def _append_scores(
-    path: Path, scorer: DensityRatioScorer, rows: list[dict[str, Any]], done: Done, *, batch_size: int
-) -> None:
-    """Score what is left, and write it batch by batch behind what is done; `done.scores` grows with it."""
-    left = rows[len(done.scores) :]
-    batches = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
-    with path.open("a", encoding="utf-8") as out:
-        out.truncate(done.bytes)
-        for batch in track(batches, description="scoring", console=Console(stderr=True)):
-            for row, score in zip(batch, _score_rows(scorer, batch), strict=True):
-                shown = {name: getattr(score, name) for name in _SHOWN} | {"typicality": _finite(score.typicality)}
-                out.write(json.dumps({**row, "score": shown}) + "\n")
-                done.scores.append(shown)
-            out.flush()
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while some := list(islice(rows, _AT_ONCE)):
+        yield some
 
 
-def _finite(value: float | None) -> float | None:
-    """What JSON has a word for."""
-    return value if value is not None and math.isfinite(value) else None
+def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """A type that holds the values of both."""
+    schemas = [pa.schema([("", kind)]) for kind in (one, other)]
+    return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
 
 
-def _score_rows(scorer: DensityRatioScorer, rows: list[dict[str, Any]]) -> list[Score]:
-    column = None if scorer.router is None else scorer.router.column
-    domains = None if column is None else [row.get(column) for row in rows]
-    return scorer.score(
-        [row["prompt"] for row in rows],
-        [row["completion"] for row in rows],
-        finished=[row.get("finished", True) for row in rows],
-        domains=domains or [row.get("domain") for row in rows],
+def _check(fields: Mapping[str, Any]) -> str | None:
+    if "score" in fields:
+        return "has a field score already, which would be overwritten. Rename it."
+    return _NEEDS(fields)
+
+
+def _label(scorer: DensityRatioScorer, rows: Sequence[Row]) -> Labelled:
+    scores = scorer.score(
+        [row.fields["prompt"] for row in rows],
+        [row.fields["completion"] for row in rows],
+        finished=[row.fields.get("finished", True) for row in rows],
+        domains=row_domains(scorer, rows),
+    )
+    values = [score.value for score in scores if score.value is not None]
+    reasons: dict[str, float] = {}
+    for score in scores:
+        if score.error is not None:
+            reasons[score.error] = reasons.get(score.error, 0) + 1
+    counts = {"rows": len(rows), "scored": len(values), "value": sum(values), "tokens": sum(s.n_tokens for s in scores)}
+    return Labelled(
+        rows=[
+            {**row.fields, "score": {each.name: getattr(score, each.name) for each in _SCORE}}
+            for row, score in zip(rows, scores, strict=True)
+        ],
+        counts={"all": counts, "unscorable": reasons},
     )
 
 
-def _summarise(scores: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    values = [score["value"] for score in scores if score["value"] is not None]
+def _summarise(counts: Counts) -> dict[str, Any]:
+    found = counts.get("all", {})
+    scored = int(found.get("scored", 0))
     return {
-        "rows": len(scores),
-        "scored": len(values),
-        "unscorable": dict(Counter(score["error"] for score in scores if score["error"] is not None)),
-        "value": {"mean": sum(values) / len(values) if values else None},
-        "tokens": sum(score["n_tokens"] for score in scores),
-        "seconds": round(seconds, 3),
+        "rows": int(found.get("rows", 0)),
+        "scored": scored,
+        "unscorable": {reason: int(count) for reason, count in counts.get("unscorable", {}).items()},
+        "value": {"mean": found["value"] / scored if scored else None},
+        "tokens": int(found.get("tokens", 0)),
     }
 
 
-def _print_summary(summary: dict[str, Any], path: Path) -> None:
+def _show(summary: Mapping[str, Any], folder: Path) -> None:
     mean = summary["value"]["mean"]
     lines = [
         ("rows scored", f"{summary['scored']} of {summary['rows']}"),
         ("mean log-ratio", "-" if mean is None else f"{mean:+.3f} nats"),
         ("completion tokens", f"{summary['tokens']:,}"),
-        ("seconds", f"{summary['seconds']:.1f}"),
         *((f"unscorable ({count})", reason) for reason, count in summary["unscorable"].items()),
-        ("written to", str(path)),
+        ("written to", str(folder / "data")),
     ]
+    if summary["bad_rows"]["count"]:
+        lines.insert(1, ("rows left out", f"{summary['bad_rows']['count']}, see {SUMMARY}"))
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         print(f"{label:{width}}  {text}")

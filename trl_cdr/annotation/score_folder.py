@@ -1,22 +1,23 @@
-"""The folder that scores are written to: one process at a time, and scores of one input under one set of options.
+"""The folder that scores are written to: of one command, one input and one set of options, and each file whole or not
+there at all.
 
-Knows no model: `score_file` scores, and asks here what an earlier run has left.
+Knows no model and no schema: `shards` lays rows out in it, `score_file` and `annotate` say what they are made of.
 """
 
 import json
 import os
+import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from ..config import shareable_options
 from ..errors import ConfigError
 
+OPTIONS, SUMMARY = "options.json", "summary.json"
 _ELSEWHERE = "Pass another output_dir, or remove this one."
 
 # Options under which an earlier run's scores stay valid. Whatever is not named here has to be the same.
@@ -33,29 +34,28 @@ WITHOUT_EFFECT = {
     "cdr_offload",  # where the weights are between calls
     *("cdr_name", "cdr_on_unscorable", "cdr_on_gaming"),  # a reward's, and scores are no rewards
     "cdr_policy_tokenizer",  # of completion_ids, which a file has none of
+    *("input", "input_rows"),  # what they are is compared by content
+    *("batch_size", "policy", "server", "versions"),  # portions again; what its weights are is compared; where; whose
 }
 
 
-@dataclass(frozen=True)
-class Done:
-    """What an earlier run has left: the scores of the first rows, and the bytes of the file that hold them."""
-
-    scores: list[dict[str, Any]]
-    bytes: int
-
-
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path, share: str, *, wait: bool = False) -> Iterator[None]:
     """
-    Keep a folder to this process; the lock goes when the process ends, however it ends.
+    Keep a share of the work in a folder to this process; the lock goes when the process ends, however it ends.
+
+    Args:
+        folder (`Path`): Made if missing.
+        share (`str`): Which share.
+        wait (`bool`, *optional*, defaults to `False`): Until another process lets go of it.
 
     Raises:
         ConfigError: another process has it, or it can't be written or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / f".lock{share}")
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise ConfigError(
             f"output_dir {str(folder)!r} is in use by another process that scores. Wait for it, or pass another one."
@@ -68,56 +68,83 @@ def hold(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file that is there whole or not at all, also where the process is killed meanwhile."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def read_done(path: Path, rows: Sequence[Mapping[str, Any]], *, fields: set[str], batch_size: int) -> Done:
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
     """
-    The scores that an earlier run wrote, cut to whole batches: a batch's rows share forwards, and rounding would tell
-    where the run was stopped.
-
-    Args:
-        path (`Path`): The file of scores; it need not exist. It is not changed.
-        rows (`Sequence[Mapping]`): The input.
-        fields (`set[str]`): What each score has.
-        batch_size (`int`): Rows that are scored together.
+    What can't be written inside is an error that says what to do.
 
     Raises:
-        ConfigError: a line is not what was written there (a last one without its end is left out), or the rows differ.
+        ConfigError: an `OSError` came: the disk is full, say.
     """
-    text = path.read_bytes() if path.exists() else b""
-    lines = text.split(b"\n")[:-1]
-    written = [_read_line(line, f"{path}:{number}", fields) for number, line in enumerate(lines, start=1)]
-    # As text: a NaN is not equal to itself.
-    if [json.dumps(row) for row, _ in written] != [json.dumps(row) for row in rows[: len(written)]]:
-        raise ConfigError(f"{str(path)!r} holds the scores of another input. {_ELSEWHERE}")
-    kept = len(written) if len(written) == len(rows) else len(written) // batch_size * batch_size
-    return Done([score for _, score in written[:kept]], sum(len(line) + 1 for line in lines[:kept]))
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir is {str(folder)!r}, which can't be written: {error}. What is finished stays there: make room "
+            "and run the same command again."
+        ) from error
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """
+    Write a file that is there whole or not at all, also where the process is killed, the disk is full, another process
+    writes the same one, or the power goes.
+
+    Args:
+        path (`Path`): The file; replaced where it is there.
+        write (`Callable`): Writes its content.
+
+    Raises:
+        OSError: it can't be written; nothing of it is left.
+    """
+    partial = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """As `write_whole`, of JSON."""
+    write_whole(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def check_ours(folder: Path) -> None:
+    """
+    Whether a folder is empty, or one that scores were written to.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if found and OPTIONS not in found:
+        raise ConfigError(
+            f"output_dir is {str(folder)!r}, which holds {found[0]!r} and no {OPTIONS}: no run of ours wrote it. "
+            "Pass another output_dir."
+        )
 
 
 def check_options(folder: Path, options: Mapping[str, Any]) -> None:
     """
-    See that scores of different options do not end up in one file. Without scores there is nothing to see.
+    See that scores of different inputs or options do not end up in one folder.
 
     Args:
-        folder (`Path`): Its `options.json` says what the scores there were made with.
+        folder (`Path`): It holds scores; its `options.json` says what they were made of and with.
         options (`Mapping`): Options, or some of them, that are in force now.
 
     Raises:
         ConfigError: one differs that scores depend on, or `options.json` can't be read.
     """
-    if not (folder / "scores.jsonl").exists() or b"\n" not in (folder / "scores.jsonl").read_bytes():
-        return
-    path = folder / "options.json"
+    path = folder / OPTIONS
     try:
         before = json.loads(path.read_bytes())
         if not isinstance(before, dict):
             raise ValueError("it holds no JSON object")
-        before = shareable_options(before)  # an earlier version stored all of them
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{str(path)!r} says what the scores beside it were made with, and can't be read: {error}. {_ELSEWHERE}"
@@ -126,6 +153,12 @@ def check_options(folder: Path, options: Mapping[str, Any]) -> None:
         then, now = before.get(name), options[name]
         if then == now:
             continue
+        if name == "input_sha256":
+            raise ConfigError(
+                f"output_dir {str(folder)!r} holds the scores of another input: {before.get('input')!r} had "
+                f"{before.get('input_rows')} rows, and {options['input']!r} has {options['input_rows']}, of other "
+                f"content. {_ELSEWHERE}"
+            )
         role, _, kind = name.partition("_")
         if kind == "weights":
             if then is None:
@@ -142,18 +175,3 @@ def check_options(folder: Path, options: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"output_dir {str(folder)!r} holds scores with {name}={then!r}, and now it is {now!r}. {_ELSEWHERE}"
         )
-
-
-def _read_line(line: bytes, where: str, fields: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A line's row and its score."""
-    try:
-        row = json.loads(line)
-        score = row.pop("score")
-        if not fields <= set(score):
-            raise ValueError("its score is not whole")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{where} is no line that trl-cdr score wrote ({error}). Cut the file off before it, and the run goes on "
-            "from there; or pass another output_dir."
-        ) from None
-    return row, score

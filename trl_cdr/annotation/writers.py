@@ -1,11 +1,18 @@
 """Models that write: seeded samples of a pair's model or of a policy, as completions that can be scored.
 
-`probe` asks for them. Trains nothing and scores nothing.
+`probe` and `annotate` ask for them. Trains nothing and scores nothing.
+
+A prompt's draws are its own: a table of random numbers, one for each completion and token, made from its seed; a token
+is where the cumulated probability passes its number. So what a prompt gets depends neither on the prompts beside it nor
+on how many there are, but for rounding, which follows the shape of the batch; and no random state is touched.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..config import CDRConfig
 from ..scoring.causal_lm import CausalLM
@@ -53,7 +60,7 @@ def write(
     per_prompt: int,
     temperature: float,
     max_new_tokens: int,
-    seed: int,
+    seeds: Sequence[str],
 ) -> list[list[Completion]]:
     """
     Let a model write completions to each prompt. The global random state and the model are as before when it returns;
@@ -65,33 +72,36 @@ def write(
         per_prompt (`int`): Completions to each.
         temperature (`float`): Of the whole distribution: no top-k, no nucleus.
         max_new_tokens (`int`): At most so many; one that has not ended by then is cut off.
-        seed (`int`): Of the draws.
+        seeds (`Sequence[str]`): Of the draws, one for each prompt.
 
     Returns:
         `list[list[Completion]]`: for each prompt; empty for one that can't be encoded. `finished` is `None` where the
         model has no end token.
     """
     encoded = [_encode(member, prompt, max_new_tokens) for prompt in prompts]
-    places = [place for place, ids in enumerate(encoded) for _ in range(per_prompt) if ids]
+    places = [(place, number) for place, ids in enumerate(encoded) for number in range(per_prompt) if ids]
     groups: list[list[Completion]] = [[] for _ in prompts]
     if not places:
         return groups
+    tables = [_numbers(seed, per_prompt, max_new_tokens) for seed in seeds]
     model = member.lm.model
-    member.lm.wake()  # loading may draw numbers, and does so before the seed is set
     training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.inference_mode():
-            torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.inference_mode():
+        member.lm.wake()  # loading may draw numbers
+        model.eval()
+        try:
             for start in range(0, len(places), _AT_ONCE):
                 batch = places[start : start + _AT_ONCE]
-                rows = [encoded[place] for place in batch]
-                written = _generate(member, rows, temperature=temperature, max_new_tokens=max_new_tokens)
-                for place, completion in zip(batch, written, strict=True):
+                rows = [encoded[place] for place, _ in batch]
+                numbers = torch.stack([tables[place][number] for place, number in batch])  # (B, T)
+                written = _generate(
+                    member, rows, numbers=numbers, temperature=temperature, max_new_tokens=max_new_tokens
+                )
+                for (place, _), completion in zip(batch, written, strict=True):
                     groups[place].append(completion)
-    finally:
-        for module in training:
-            module.training = True
+        finally:
+            for module in training:
+                module.training = True
     return groups
 
 
@@ -123,8 +133,36 @@ def _encode(member: Member, prompt: Prompt, max_new_tokens: int) -> tuple[int, .
     return ids if member.max_length is None else ids[-max(1, member.max_length - max_new_tokens) :]
 
 
+def _numbers(seed: str, count: int, length: int) -> Tensor:
+    """Random numbers from 0 to 1, of shape (count, length): the same on every device."""
+    digest = hashlib.sha256(seed.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.rand(count, length, generator=generator, dtype=torch.float64)
+
+
+class _Draw(LogitsProcessor):  # type: ignore[misc]
+    """
+    Leaves of each distribution the one token that a given number draws.
+
+    Args:
+        numbers (`Tensor` of shape (B, T)): One for each sequence and each token that it may get.
+        temperature (`float`): Of the distributions.
+        start (`int`): Length of the prompts, padded.
+    """
+
+    def __init__(self, numbers: Tensor, temperature: float, start: int) -> None:
+        self.numbers, self.temperature, self.start = numbers, temperature, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.start
+        cumulated = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, V)
+        drawn = torch.searchsorted(cumulated, self.numbers[:, step, None] * cumulated[:, -1:], right=True)  # (B, 1)
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter_(1, drawn.clamp_(max=scores.shape[1] - 1), 0.0)
+
+
 def _generate(
-    member: Member, rows: Sequence[tuple[int, ...]], *, temperature: float, max_new_tokens: int
+    member: Member, rows: Sequence[tuple[int, ...]], *, numbers: Tensor, temperature: float, max_new_tokens: int
 ) -> list[Completion]:
     model, tokenizer = member.lm.model, member.encoder.tokenizer
     longest = max(len(ids) for ids in rows)
@@ -138,10 +176,8 @@ def _generate(
     found = model.generate(
         batch,
         attention_mask=mask,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        do_sample=False,  # `_Draw` leaves one token
+        logits_processor=LogitsProcessorList([_Draw(numbers.to(device), temperature, longest)]),
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
         max_new_tokens=max_new_tokens,

@@ -4,13 +4,13 @@ They lie under the folder that the environment variable `TRL_CDR_CACHE` names, e
 or `~/.cache`.
 """
 
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import transformers
 
+from ..annotation.passes import cache_folder
 from ..errors import ConfigError
 
 
@@ -30,7 +30,7 @@ def build_once(name: str, build: Callable[[Path], None], *, cache: bool = True) 
         ConfigError: the cache folder can't be written.
     """
     # transformers 4 can't load a tokenizer that transformers 5 saved, so each has its own.
-    folder = _cache_folder() / f"{name}-transformers{transformers.__version__.split('.')[0]}"
+    folder = cache_folder() / f"{name}-transformers{transformers.__version__.split('.')[0]}"
     if cache and folder.is_dir():
         return folder
     try:
@@ -49,12 +49,6 @@ def build_once(name: str, build: Callable[[Path], None], *, cache: bool = True) 
             if not folder.is_dir():  # else another process was first, with the same recipe
                 raise _unwritable(folder, error) from error
     return folder
-
-
-def _cache_folder() -> Path:
-    if chosen := os.environ.get("TRL_CDR_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-cdr"
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..annotation.intervals import spearman
 from ..annotation.probe import probe
 from ..scoring.scorer import DensityRatioScorer
 from . import models, world
@@ -60,17 +61,5 @@ def correlate(
     ]
     found: dict[str, Any] = {"points": len(points), "figures": len({figure["mean"] for figure, _ in points})}
     for name in FIGURES:
-        found[name] = _rank_correlation([figure[name] for figure, _ in points], [final for _, final in points])
+        found[name] = spearman([figure[name] for figure, _ in points], [final for _, final in points])
     return found
-
-
-def _rank_correlation(left: Sequence[float], right: Sequence[float]) -> float | None:
-    if len(set(left)) < 2 or len(set(right)) < 2:
-        return None
-    return statistics.correlation(_ranks(left), _ranks(right))
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """From 1; equal values share the mean of theirs."""
-    ordered = sorted(values)
-    return [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in values]

@@ -92,6 +92,18 @@ PLAIN_RECIPES = (
     Recipe("strong", partial(world.draw_plain_row, share_right=0.97), 150, learning_rate=2e-3, seed=7, parent="weak"),
     Recipe("policy", partial(world.draw_plain_row, share_right=0.65), steps=600, learning_rate=1e-2, seed=8),
 )
+_RUNGS = 12
+LADDER_RECIPES = tuple(
+    Recipe(
+        f"rung-{rung:02}",
+        partial(world.draw_row, share_right=0.2 + 0.75 * rung / _RUNGS),
+        steps=40,
+        learning_rate=2e-3,
+        seed=20 + rung,
+        parent=f"rung-{rung - 1:02}" if rung > 1 else "base",
+    )
+    for rung in range(1, _RUNGS + 1)
+)
 STEERABLE_RECIPES = (
     Recipe("weak", steering.draw_ignored, steps=150, learning_rate=2e-3, seed=3, parent="base"),
     Recipe("strong", steering.draw_obeyed, steps=600, learning_rate=4e-3, seed=4, parent="weak"),
@@ -153,6 +165,15 @@ def build_steerable(checkpoints: Checkpoints, *, cache: bool = True) -> Steerabl
 def build_plain(*, cache: bool = True) -> Path:
     """The models of the world without common mistakes: a folder with one for each of `PLAIN_RECIPES`."""
     return _build_once("tiny-world-plain", PLAIN_RECIPES, cache=cache)
+
+
+def build_ladder(checkpoints: Checkpoints, *, cache: bool = True) -> dict[str, Path]:
+    """
+    Models that are right the more often, the later they come: `checkpoints.base`, and each of `LADDER_RECIPES`, trained
+    on from the one before it; see `build_checkpoints`.
+    """
+    folder = _build_once("tiny-world-ladder", LADDER_RECIPES, cache=cache, base=checkpoints.base)
+    return {"base": checkpoints.base, **{recipe.name: folder / recipe.name for recipe in LADDER_RECIPES}}
 
 
 def _build_once(name: str, recipes: Sequence[Recipe], *, cache: bool, **parents: Path) -> Path:

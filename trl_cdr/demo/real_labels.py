@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..annotation.intervals import bootstrap
+from ..annotation.rewardbench import credit
 from ..conditioning.criteria import Criteria, DomainCriteria
 from ..scoring.rewards import rewards_from_scores
 from ..scoring.score import Score
@@ -164,8 +165,8 @@ def _one_length(one: Score, other: Score) -> bool:
 
 
 def _wins(values: Sequence[float]) -> list[float]:
-    """1 where the right one's value is higher, 0 where the wrong one's is; a tie counts half."""
-    return [(right > wrong) + (right == wrong) / 2 for right, wrong in zip(values[::2], values[1::2], strict=True)]
+    """What each pair earns, see `credit`."""
+    return [credit([right], [wrong]) for right, wrong in zip(values[::2], values[1::2], strict=True)]
 
 
 def _shares(pairs: Sequence[Pair], values: Mapping[str, Sequence[float]]) -> dict[str, Any]:

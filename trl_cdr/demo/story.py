@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from .. import __version__
+from ..annotation.rewardbench import credit
 from ..scoring.scorer import DensityRatioScorer
 from ..training.reward import CDRReward
 from . import models, world
@@ -317,7 +318,7 @@ def sample_pairs(policy: Path, *, seed: int) -> list[Pair]:
 
 def preferred(right: list[float], wrong: list[float]) -> float:
     """The share of pairs in which the right completion's value is the higher one; a tie counts half."""
-    wins = [1.0 if r > w else 0.5 if r == w else 0.0 for r, w in zip(right, wrong, strict=True)]
+    wins = [credit([r], [w]) for r, w in zip(right, wrong, strict=True)]
     return sum(wins) / len(wins)
 
 

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -349,21 +349,56 @@ def load_pair(
     lms = _load_models(config, models, sources, base=base, turns=turns or Turns())
     members = []
     for (role, tokenizer), template, other in zip(tokenizers.items(), templates, reversed(templates), strict=True):
-        encoder = Encoder(
-            tokenizer,
-            role,
-            chat_template=template or other,  # a base model has none: it reads its partner's
-            chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
-            add_special_tokens=config.cdr_add_special_tokens,
-        )
-        _check_embeddings(lms[role], tokenizer, role)
-        members.append(Member(lms[role], encoder, _choose_max_length(config, lms[role], role)))
+        # a base model has none: it reads its partner's
+        members.append(_make_member(config, lms[role], tokenizer, role, template=template or other))
     if config.cdr_offload == "cpu" and not has_own_memory(members[0].lm.decoder.device):
         logger.warning(
             "cdr_offload is 'cpu', and the pair's device is the CPU: there is nowhere else to go, and it stays awake. "
             "cdr_offload='disk' lets go of its weights between calls."
         )
     return Pair(*members)
+
+
+def load_member(config: CDRConfig, role: str, *, chat_template: str | None) -> Member:
+    """
+    One model of a pair alone, by its name. There is nothing else to make room for, and `cdr_offload` means nothing.
+
+    Args:
+        config (`CDRConfig`): As for `load_pair`.
+        role (`str`): `"strong"` or `"weak"`: whose options are read.
+        chat_template (`str` or `None`): Jinja text, see `find_template`.
+
+    Raises:
+        ConfigError, ModelError: as `load_pair`.
+    """
+    config = replace(config, cdr_offload="none")
+    source = find_source(config, role)
+    name, revision = source.tokenizer
+    tokenizer = load_tokenizer(config, name, f"{role}_tokenizer", revision=revision)
+    lms = _load_models(config, {role: source.name}, {role: source}, base=None, turns=Turns())
+    return _make_member(config, lms[role], tokenizer, role, template=chat_template)
+
+
+def find_template(config: CDRConfig, role: str) -> str | None:
+    """The chat template that a model has by itself, or by `cdr_chat_template`; errors as for `load_pair`."""
+    if config.cdr_chat_template is not None:
+        return _read_template(config.cdr_chat_template)
+    name, revision = find_source(config, role).tokenizer
+    return own_chat_template(load_tokenizer(config, name, f"{role}_tokenizer", revision=revision))
+
+
+def _make_member(
+    config: CDRConfig, lm: CausalLM, tokenizer: PreTrainedTokenizerBase, role: str, *, template: str | None
+) -> Member:
+    encoder = Encoder(
+        tokenizer,
+        role,
+        chat_template=template,
+        chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
+        add_special_tokens=config.cdr_add_special_tokens,
+    )
+    _check_embeddings(lm, tokenizer, role)
+    return Member(lm, encoder, _choose_max_length(config, lm, role))
 
 
 def load_tokenizer(

@@ -286,6 +286,22 @@ class DensityRatioScorer:
                 conditioned.append(conditionings[cast(str, domain)].apply(prompt))
         return conditioned, [conditionings.get(cast(str, domain)) for domain in domains]
 
+    def condition(
+        self, prompts: Sequence[Prompt], domains: Sequence[str | None] | None = None
+    ) -> tuple[list[Prompt | Unscorable], list[Conditioning | None]]:
+        """
+        Each prompt as the models read it, or why they can't, and what was put before it. Only the router
+        `"likelihood"` runs a model.
+
+        Args:
+            prompts (`Sequence`): Strings or conversations.
+            domains (`Sequence[str | None]`, *optional*): What is known; it wins.
+
+        Raises:
+            InputError: nothing at all says what the domains are.
+        """
+        return self._condition(prompts, self._route(prompts, domains))
+
     def load(self) -> Pair:
         """
         Load the pair now, where the first call to `score` would, and return it. To run it, see `use`.

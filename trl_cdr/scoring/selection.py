@@ -2,6 +2,7 @@
 from does not matter.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Collection, Sequence
@@ -95,6 +96,27 @@ def select_pair(
     chosen = max(whole, key=rewards.__getitem__)
     others = [index for index in whole if index != chosen]
     rejected = min(others, key=rewards.__getitem__) if strategy == "best_worst" else rng.choice(others)
+    return _compare(rewards, chosen, rejected, min_margin)
+
+
+def select_all_pairs(
+    rewards: Sequence[float], *, min_margin: float = 0.0, truncated: Collection[int] = ()
+) -> list[Pair]:
+    """
+    Every pair of a group, the higher reward chosen; arguments as for `select_pair`.
+
+    Returns:
+        `list[Pair]`: the two of each of the completions that have a reward and were not cut off, in the group's order.
+            Where there are fewer than two of them, the one pair that says why.
+    """
+    whole = [index for index, reward in enumerate(rewards) if math.isfinite(reward) and index not in truncated]
+    if len(whole) < 2:
+        return [select_pair(rewards, strategy="best_worst", rng=random.Random(), truncated=truncated)]
+    ordered = (sorted(pair, key=lambda index: -rewards[index]) for pair in itertools.combinations(whole, 2))
+    return [_compare(rewards, chosen, rejected, min_margin) for chosen, rejected in ordered]
+
+
+def _compare(rewards: Sequence[float], chosen: int, rejected: int, min_margin: float) -> Pair:
     margin = rewards[chosen] - rewards[rejected]
     skipped: Skipped | None = None
     if margin == 0:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from .. import _compat
-from ..config import shareable_options
+from ..config import shareable_name, shareable_options
 
 if TYPE_CHECKING:
     from .reward import CDRReward
@@ -142,7 +142,7 @@ def labelling_section(records: Sequence[dict[str, Any]], *, trainer: str, loss: 
         if record["criteria_sha256"] is not None:
             rule = config["cdr_router"] or config["cdr_domain"]
             digest = record["criteria_sha256"][:12]
-            criteria = f"`{_public(config['cdr_criteria'])}` (SHA-256 `{digest}`)"
+            criteria = f"`{shareable_name(config['cdr_criteria'])}` (SHA-256 `{digest}`)"
             criteria += f", domain: `{rule}`" if rule else ""
         rows["criteria"].append(criteria)
     names = " | ".join(f"`{record['name']}`" for record in records)
@@ -160,14 +160,9 @@ def labelling_section(records: Sequence[dict[str, Any]], *, trainer: str, loss: 
 def _show(name: str, weights: str | None) -> str:
     """A model's or an adapter's name, and which weights it stood for."""
     if weights is None:
-        return f"`{_public(name)}`"
+        return f"`{shareable_name(name)}`"
     kind, digest = weights.split(" ")
-    return f"`{_public(name)}`, {kind} `{digest[:12]}`"
-
-
-def _public(name: str) -> str:
-    """A name as a model card may show it: of a path of this machine the last part."""
-    return Path(name).name if Path(name).expanduser().exists() else name
+    return f"`{shareable_name(name)}`, {kind} `{digest[:12]}`"
 
 
 def _loss(args: Any) -> str | None:

@@ -1,0 +1,151 @@
+"""What `annotate` does beside running models: rows a second, memory, and what a killed run ends with.
+
+The pipeline is the real one, from JSONL to Parquet; a stub in the scorer's place makes a number of each text. Every run
+is a process of its own, so that its peak of memory is its own and it can be killed with SIGKILL.
+"""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+from rich.table import Table
+
+from ..annotation.annotate import AnnotateArguments, make_job
+from ..annotation.pipeline import run
+from ..annotation.reader import open_source
+from ..config import CDRConfig, shareable_options
+from ..scoring.score import Score
+from ..scoring.scorer import DensityRatioScorer
+
+FEW, MANY = 20_000, 200_000  # rows
+_WORK = "import sys; from trl_cdr.bench.annotate import work; work(*sys.argv[1:])"
+_MB = 2**20
+
+
+class Stub:
+    """Scores texts by a hash of theirs, in the place of a `DensityRatioScorer`."""
+
+    config = CDRConfig("stub", "stub")
+    criteria = router = None
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[Score]:
+        """As a scorer's."""
+        return [
+            Score(zlib.crc32(f"{prompt[0]['content']} {text}".encode()) / 2**32, n_tokens=len(text), finished=True)
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+
+
+def run_annotate(*, kills: int = 10, few: int = FEW, many: int = MANY) -> dict[str, Any]:
+    """
+    Annotate a few and many rows, and a few again in a run that is killed and started again.
+
+    Args:
+        kills (`int`): How often it is killed, at random moments of its work.
+        few, many (`int`): Rows.
+
+    Returns:
+        `dict`: `cases` (each `rows`, `seconds`, `rows_per_second`, `peak_mb`), `peak_ratio` of many over few rows,
+        `kills` (those that hit) and `is_same`: whether that run ended with the bytes of one that was not killed.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        cases = [_measure(folder, rows) for rows in (few, many)]
+        hits = _run_killed(folder, few, kills=kills, seconds=cases[0]["seconds"])
+        is_same = _hash(folder / f"out-{few}") == _hash(folder / "killed")
+    return {
+        "cases": cases,
+        "peak_ratio": cases[1]["peak_mb"] / cases[0]["peak_mb"],
+        "kills": hits,
+        "is_same": is_same,
+    }
+
+
+def print_annotate(found: dict[str, Any]) -> None:
+    """Print what `run_annotate` found."""
+    table = Table("rows", "seconds", "rows/s", "peak, MB")
+    for case in found["cases"]:
+        cells = (f"{case['seconds']:.1f}", f"{case['rows_per_second']:,.0f}", f"{case['peak_mb']:,.0f}")
+        table.add_row(f"{case['rows']:,}", *cells)
+    console = Console()
+    console.print(table)
+    verdict = "the same bytes as" if found["is_same"] else "OTHER BYTES THAN"
+    console.print(f"peak of many over few rows: {found['peak_ratio']:.3f}")
+    console.print(f"killed {found['kills']} times and started again: {verdict} a run that was not")
+
+
+def work(rows: str, out: str) -> None:
+    """
+    One run, in a process of its own; prints `started`, and at the end seconds and peak memory.
+
+    Args:
+        rows (`str`): The input's path.
+        out (`str`): The output folder.
+    """
+    arguments = AnnotateArguments(input=rows, output_dir=out, batch_size=512, shard_size=2000)
+    made = {"strong_weights": "stub", "weak_weights": "stub", "strong_dtype": "none", "weak_dtype": "none"}
+    print("started", flush=True)
+    started = time.perf_counter()
+    source = open_source(rows)
+    options = {**shareable_options(Stub.config), **made, "criteria_sha256": None}
+    job = make_job(arguments, cast(DensityRatioScorer, Stub()), options=options)
+    run(arguments, source, replace(job, load=dict))
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MB}))
+
+
+def _measure(folder: Path, rows: int) -> dict[str, Any]:
+    """One run without interruption."""
+    path = folder / f"{rows}.jsonl"
+    with path.open("w") as file:
+        for index in range(rows):
+            row = {"prompt": f"what is {index} + 1 ?", "completions": [f"it is {index + 1}", f"{index}", "no"]}
+            file.write(json.dumps(row) + "\n")
+    with _start(path, folder / f"out-{rows}") as process:
+        printed, _ = process.communicate()
+    found = json.loads(printed.splitlines()[-1])
+    return {"rows": rows, **found, "rows_per_second": rows / found["seconds"]}
+
+
+def _run_killed(folder: Path, rows: int, *, kills: int, seconds: float) -> int:
+    """Run, kill, run again, to the end; how often it was killed."""
+    rng = random.Random(0)
+    hits = 0
+    while True:
+        with _start(folder / f"{rows}.jsonl", folder / "killed") as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            if hits == kills:
+                process.communicate()
+                return hits
+            time.sleep(rng.uniform(0, 1.5 * seconds / kills))
+            process.send_signal(signal.SIGKILL)
+        hits += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            return hits
+
+
+def _start(rows: Path, out: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", _WORK, str(rows), str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=dict(os.environ))
+
+
+def _hash(folder: Path) -> str:
+    """Of all shards, by name."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("data/*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
