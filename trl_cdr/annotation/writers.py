@@ -76,8 +76,8 @@ def write(
     groups: list[list[Completion]] = [[] for _ in prompts]
     if not places:
         return groups
-    model = member.lm.model
-    member.lm.wake()  # loading may draw numbers, and does so before the seed is set
+    model = member.local.model
+    member.local.wake()  # loading may draw numbers, and does so before the seed is set
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -126,11 +126,11 @@ def _encode(member: Member, prompt: Prompt, max_new_tokens: int) -> tuple[int, .
 def _generate(
     member: Member, rows: Sequence[tuple[int, ...]], *, temperature: float, max_new_tokens: int
 ) -> list[Completion]:
-    model, tokenizer = member.lm.model, member.encoder.tokenizer
+    model, tokenizer = member.local.model, member.encoder.tokenizer
     longest = max(len(ids) for ids in rows)
     if member.max_length is not None:
         max_new_tokens = max(1, min(max_new_tokens, member.max_length - longest))
-    device = member.lm.decoder.device
+    device = member.local.decoder.device
     pad = tokenizer.pad_token_id or 0  # masked
     batch = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in rows], device=device)  # (B, P)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows], device=device)  # (B, P)
