@@ -367,8 +367,8 @@ def load_pair(
     templates = [given or own_chat_template(tokenizer) for tokenizer in tokenizers.values()]
     if base is not None:
         check_shared(config, sources, base)
-    for role, lm in served.items():
-        lm.check(tokenizers[role], init_kwargs=config.cdr_model_init_kwargs)  # type: ignore[arg-type]
+    for role, asked in served.items():
+        asked.check(tokenizers[role], init_kwargs=config.cdr_model_init_kwargs)  # type: ignore[arg-type]
     warn_of_twins(served)
     lms = _load_models(config, models, sources, base=base, turns=turns or Turns()) | served
     members = []
@@ -380,11 +380,12 @@ def load_pair(
             chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
             add_special_tokens=config.cdr_add_special_tokens,
         )
-        if role not in served:
-            _check_embeddings(lms[role], tokenizer, role)
-        members.append(Member(lms[role], encoder, _choose_max_length(config, lms[role], role)))
+        lm = lms[role]
+        if isinstance(lm, CausalLM):
+            _check_embeddings(lm, tokenizer, role)
+        members.append(Member(lm, encoder, _choose_max_length(config, lm, role)))
     here = [member.local for member in members if not member.is_served]
-    if config.cdr_offload == "cpu" and not any(has_own_memory(lm.decoder.device) for lm in here):
+    if config.cdr_offload == "cpu" and not any(has_own_memory(model.decoder.device) for model in here):
         logger.warning(
             "cdr_offload is 'cpu', and the pair's device is the CPU: there is nowhere else to go, and it stays awake. "
             "cdr_offload='disk' lets go of its weights between calls."
