@@ -31,7 +31,7 @@ class Server:
     """`vllm serve`, in a process group of its own."""
 
     def __init__(self, path, log, *options):
-        self.path, self.port, self._log, self._options = str(path), closed_port(), log, options
+        self.path, self.port, self._log, self.options = str(path), closed_port(), log, options
         self.start()
 
     @property
@@ -40,7 +40,7 @@ class Server:
 
     def start(self):
         command = [os.environ["TRL_CDR_VLLM"], "serve", self.path, "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", *self._options]
+        command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", *self.options]
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         environment.pop("PYTHONPATH", None)
         with self._log.open("ab") as log:
@@ -89,7 +89,7 @@ def folders(tmp_path_factory, smollm_folder):
 def servers(request, folders, tmp_path_factory):
     """Both models of a pair; of the tiny one the weak server does not tell what it reads from its cache."""
     folder = tmp_path_factory.mktemp("log")
-    options = {"strong": ["--enable-prompt-tokens-details"], "weak": ["--enable-prompt-tokens-details"]}
+    options = {role: ["--enable-scale-out", "--enable-prompt-tokens-details"] for role in ("strong", "weak")}
     if request.param == "tiny":
         options["weak"] = []
     started = {}
@@ -151,8 +151,7 @@ def test_conditioned_and_again(scorers, servers):
     expected = here.score(*asked, domains=domains)
     described = there.describe()
     assert described["strong"]["way"] == "served, prefix read"
-    told = "--enable-prompt-tokens-details" in servers["weak"]._options
-    assert described["weak"]["way"] == ("served, prefix read" if told else "served")
+    assert described["weak"]["way"] == ("served, prefix read" if servers["weak"].options else "served")
     for _ in range(2):
         assert_same(there.score(*asked, domains=domains), expected)
     cut = ["a " * 2000, "b"], ["c", "d"]

@@ -154,7 +154,7 @@ def test_a_pair_on_servers_can_be_described_pickled_and_unloaded(servers, checkp
 
 def test_how_rows_are_sent_is_said(serve, caplog):
     cases = [
-        (serve("strong", tells=False), "Start it with --enable-prompt-tokens-details"),
+        (serve("strong", tells=False), "Start it with --enable-scale-out --enable-prompt-tokens-details"),
         (serve("strong", caches=False), "reads nothing from its cache"),
     ]
     weak = serve("weak").address

@@ -157,6 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
             return 404, json.dumps({"error": {"message": f"The model `{body['model']}` does not exist."}}).encode(), {}
         if body and len(body.get("prompt", body.get("token_ids", ""))) >= stand_in.length and self.path != "/tokenize":
             return 400, b'{"error": {"message": "maximum context length"}}', {}
+        if self.path.startswith("/inference") and not stand_in.tells:
+            return 403, b'{"error": {"message": "Scale-out endpoints are disabled."}}', {}
         found = stand_in.answer(self.path, body)
         if found is None:
             return 404, b'{"detail": "Not Found"}', {}

@@ -206,7 +206,8 @@ class ServedLM:
                 found = self._client.answer(url, ids, reads_prefix=True)
                 if found is None:
                     return (
-                        f"{url} does not say what it reads from its cache. Start it with --enable-prompt-tokens-details"
+                        f"{url} has no endpoint that reads its cache, or does not say how much. Start it with "
+                        "--enable-scale-out --enable-prompt-tokens-details"
                     )
         assert found is not None
         assert self.known is not None

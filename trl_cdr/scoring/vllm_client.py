@@ -5,8 +5,9 @@ Knows no text and no tokenizer: `served_lm` is a model of the pair that asks thr
 vLLM reads nothing from its prefix cache for a request that wants `prompt_logprobs`: what is read is not computed, and
 has none (vllm#28194). At `/inference/v1/generate` a request may ask for the cache all the same. The log-probabilities
 of what was read are then missing, or left over from another request; those behind it are right. So rows go there only
-where the server tells with each answer how many tokens it read, and again elsewhere where these reach into the
-completion. Elsewhere is `/v1/completions`, which runs the prefix with every row.
+where the server has that endpoint (`--enable-scale-out`) and tells with each answer how many tokens it read
+(`--enable-prompt-tokens-details`), and once more elsewhere where these reach into the completion. Elsewhere is
+`/v1/completions`, which runs the prefix with every row.
 """
 
 import json
@@ -297,17 +298,17 @@ class VllmClient:
         status = response.status_code
         if status in _BUSY:
             raise Unavailable(f"{status}, {_message(content)}", is_lost=status != _TOO_MANY)
-        if status in (401, 403):
+        if optional and 400 <= status < 500:  # 403 where it is not enabled; whatever else is wrong is so elsewhere
+            return None
+        if status == 401:
             given = "which it does not take" if self._has_key else "which is not set"
             raise ConfigError(
-                f"the server of {self._role} ({url}) wants an API key ({status}). It is read from the environment "
+                f"the server of {self._role} ({url}) wants an API key. It is read from the environment "
                 f"variable VLLM_API_KEY, {given}. Set it to the server's."
             )
         if response.is_redirect:
             place = response.headers.get("location", "nowhere")
             raise self._error(url, f"sends {path} on to {place}. Name the server itself: rows and key go nowhere else")
-        if optional and 400 <= status < 500:
-            return None
         if status == 404 and _error_text(content) is None:
             raise self._error(
                 url,
