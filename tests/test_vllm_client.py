@@ -313,8 +313,9 @@ def test_the_api_key(server, strong, ask, monkeypatch):
     assert_equal(ask()(asked), local(strong, asked))
 
 
-def test_a_server_without_the_other_endpoint_is_asked_at_the_first(server, strong, ask):
-    server.before = lambda path, body: (404, b"", {}) if "generate" in path else None
+@pytest.mark.parametrize("status", [403, 404, 500])
+def test_a_server_without_the_other_endpoint_is_asked_at_the_first(server, strong, ask, status):
+    server.before = lambda path, body: (status, b"", {}) if "generate" in path else None
     asked = rows(2)
     assert_equal(ask(reads_prefix=True)(asked), local(strong, asked))
 

@@ -207,7 +207,7 @@ class ServedLM:
                 if found is None:
                     return (
                         f"{url} has no endpoint that reads its cache, or does not say how much. Start it with "
-                        "--enable-scale-out --enable-prompt-tokens-details"
+                        "--enable-scale-out --enable-prompt-tokens-details, where vLLM's model runner is V2"
                     )
         assert found is not None
         assert self.known is not None

@@ -170,6 +170,7 @@ class VllmClient:
         body: dict[str, Any] = {"model": self.served.model}
         params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         if reads_prefix:
+            # What is left over may be no token: it can't be detokenized.
             params |= {"skip_reading_prefix_cache": False, "detokenize": False}
             path, body = "/inference/v1/generate", body | {"token_ids": [*ids], "sampling_params": params}
         else:
@@ -298,7 +299,9 @@ class VllmClient:
         status = response.status_code
         if status in _BUSY:
             raise Unavailable(f"{status}, {_message(content)}", is_lost=status != _TOO_MANY)
-        if optional and 400 <= status < 500:  # 403 where it is not enabled; whatever else is wrong is so elsewhere
+        # 403 where it is not enabled, 500 where what is left over in place of a log-probability is no number for JSON;
+        # whatever else is wrong is so elsewhere.
+        if optional and status >= 400:
             return None
         if status == 401:
             given = "which it does not take" if self._has_key else "which is not set"
