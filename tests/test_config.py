@@ -103,6 +103,47 @@ def test_what_the_policy_trains_on_does_not_sleep(offload):
     assert CDRConfig("a", "b", cdr_share_policy=False, cdr_offload=offload).cdr_offload == offload
 
 
+SERVERS = {"cdr_strong": "vllm://a:1/m", "cdr_weak": "vllm+https://b/n", "cdr_gate": "none"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cdr_gate": "typicality"}, r"cdr_gate is 'typicality' \(where it is left out, too\).*Write cdr_gate='none'"),
+        ({"cdr_gate": "surprise"}, "cdr_gate is 'surprise' .*load strong here, beside which weak may stay"),
+        ({"cdr_strong_revision": "v2"}, "cdr_strong_revision is 'v2', and cdr_strong is on a server"),
+        ({"cdr_weak_adapter": "c"}, r"cdr_weak_adapter is 'c', and cdr_weak is on a server.*--lora-modules"),
+        ({"cdr_share_policy": True}, "cdr_share_policy is set, and cdr_strong is on a server"),
+        ({"cdr_dtype": "bfloat16"}, r"cdr_dtype is 'bfloat16', and strong and weak are on servers.*\(--dtype\)"),
+        ({"cdr_device": "cpu"}, "cdr_device is 'cpu', and strong and weak are on servers"),
+        ({"cdr_offload": "cpu"}, "cdr_offload is 'cpu', and strong and weak are on servers"),
+        (
+            {"cdr_model_init_kwargs": {"attn_implementation": "eager"}},
+            "cdr_model_init_kwargs has 'attn_implementation'",
+        ),
+    ],
+)
+def test_what_a_server_can_not_be_asked(options, message):
+    with pytest.raises(ConfigError, match=message):
+        CDRConfig(**SERVERS | options)
+
+
+def test_a_pair_of_which_a_server_has_one():
+    """The weak one is asked for no distribution, and the strong one's weights are here."""
+    weak = {"cdr_strong": "a", "cdr_weak": "vllm://b:1/n"}
+    for gate in ("typicality", "surprise", "none"):
+        config = CDRConfig(**weak, cdr_gate=gate, cdr_offload="cpu", cdr_dtype="bfloat16", cdr_strong_adapter="c")
+        assert config.served == ["weak"]
+    assert CDRConfig(**SERVERS, cdr_model_init_kwargs={"token": "x", "cache_dir": "y"}).served == ["strong", "weak"]
+    assert CDRConfig("a", "b").served == []
+
+
+def test_the_trainers_type_is_not_that_of_servers():
+    args = SimpleNamespace(seed=0, bf16=True, device=torch.device("cuda"))
+    assert CDRConfig(**SERVERS).options(args)["dtype"] == "auto"
+    assert CDRConfig(**SERVERS | {"cdr_strong": "a"}).options(args)["dtype"] == "bfloat16"
+
+
 def test_a_bare_boolean_from_yaml():
     assert CDRConfig("a", "b", cdr_add_special_tokens=True).cdr_add_special_tokens == "true"
     assert CDRConfig("a", "b", cdr_add_special_tokens=False).cdr_add_special_tokens == "false"

@@ -65,13 +65,14 @@ def test_the_yaml_is_read_to_the_last_key(tmp_path):
     from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
     from trl.scripts.grpo import GRPOScriptArguments
 
-    ours, adapted, several, trls = (yaml.safe_load(block) for block in blocks("yaml"))
+    ours, adapted, several, trls, served = (yaml.safe_load(block) for block in blocks("yaml"))
     assert read_environment(trls.pop("env")) == CDRConfig(ours["cdr_strong"], ours["cdr_weak"])
     path = tmp_path / "run.yaml"
     assert len(several["reward_weights"]) == len(several["cdr_objectives"] + several["reward_funcs"])
     for given, kinds in (
         (ours | several, (ScriptArguments, TrainArguments, CDRConfig)),
         (ours | adapted, (ScriptArguments, TrainArguments, CDRConfig)),
+        (served, (ScriptArguments, TrainArguments, CDRConfig)),
         (trls, (GRPOScriptArguments,)),
     ):
         path.write_text(yaml.safe_dump(given))

@@ -8,7 +8,7 @@ import pytest
 from lora import save_adapter
 
 from trl_cdr import CDRConfig, ConfigError, DensityRatioScorer, ModelError
-from trl_cdr.scoring.sources import find_sources, share_base
+from trl_cdr.scoring.sources import Served, find_sources, read_served, share_base
 
 pytestmark = pytest.mark.compat
 COMMITS = ["0" * 40, "1" * 40, "2" * 40, "3" * 40]
@@ -177,3 +177,47 @@ def test_a_revision_without_an_adapter():
         CDRConfig("a", "b", cdr_weak_adapter_revision="x")
     with pytest.raises(ConfigError, match="cdr_weak_adapter is empty"):
         CDRConfig("a", "b", cdr_weak_adapter=" ")
+
+
+@pytest.mark.parametrize(
+    ("address", "served"),
+    [
+        ("vllm://gpu1:8000/Qwen/Qwen2.5-7B", Served(("http://gpu1:8000",), "Qwen/Qwen2.5-7B")),
+        ("vllm://gpu1:8000//data/model/", Served(("http://gpu1:8000",), "/data/model")),
+        ("vllm+https://gpu1/m", Served(("https://gpu1",), "m")),
+        ("vllm://[::1]:8000/m?timeout=5", Served(("http://[::1]:8000",), "m", timeout=5.0)),
+        (
+            "vllm://a:1/m?tokenizer=some/base&timeout=0.5, vllm://b:2/m,vllm://a:1/m",
+            Served(("http://a:1", "http://b:2"), "m", "some/base", 0.5),
+        ),
+    ],
+)
+def test_addresses_of_servers(address, served):
+    assert read_served(address, "weak") == served
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("vllm://gpu1:8000", "cdr_weak is 'vllm://gpu1:8000', of which .* can't be read. Write vllm://HOST:PORT/MODEL"),
+        ("vllm://gpu1:8000/", "can't be read"),
+        ("vllm:///m", "can't be read"),
+        ("vllm://gpu1:port/m", "can't be read"),
+        ("vllm://a:1/m,b:2/m", "of which 'b:2/m' can't be read"),
+        ("vllm://me:secret@a:1/m", "cdr_weak has a user or password in its address.*VLLM_API_KEY"),
+        ("vllm://a:1/m,vllm://b:1/n", "cdr_weak names replicas of 'm' and of 'n'"),
+        ("vllm://a:1/m?key=x", r"cdr_weak has \?key= in its address. Known there: tokenizer, timeout"),
+        ("vllm://a:1/m?timeout=soon", "cdr_weak has timeout=soon in its address"),
+        ("vllm://a:1/m?timeout=0", "cdr_weak has timeout=0 in its address"),
+    ],
+)
+def test_addresses_that_are_none(address, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        DensityRatioScorer("a", address)
+    assert "secret" not in str(error.value)
+
+
+def test_what_is_on_a_server_is_nowhere_here(base):
+    config = CDRConfig.from_options(strong=base, weak="vllm://a:1/m")
+    assert list(find_sources(config)) == ["strong"]
+    assert not share_base(config, find_sources(config))

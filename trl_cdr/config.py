@@ -42,6 +42,7 @@ _TYPICALITY = 1.5  # below minus this, in standard deviations per token, a compl
 _LOCAL_ARGUMENTS = {"token", "cache_dir", "local_files_only"}
 # Of `from_pretrained`: weights under these can't be moved.
 _FIXED_WEIGHTS = ("quantization_config", "load_in_8bit", "load_in_4bit", "device_map")
+_SERVERS = ("vllm://", "vllm+https://")
 # Of `apply_chat_template`, and ours to set.
 _TEMPLATE_ARGUMENTS = {
     "add_generation_prompt",
@@ -78,8 +79,12 @@ class CDRConfig:
     ```
     """
 
-    cdr_strong: str = field(metadata={"help": "Better aligned model: a name on the Hub or a path."})
-    cdr_weak: str = field(metadata={"help": "Less aligned model: a name on the Hub or a path."})
+    cdr_strong: str = field(
+        metadata={"help": "Better aligned model: a name on the Hub, a path, or vllm://HOST:PORT/MODEL on a server."}
+    )
+    cdr_weak: str = field(
+        metadata={"help": "Less aligned model: a name on the Hub, a path, or vllm://HOST:PORT/MODEL on a server."}
+    )
     cdr_strong_revision: str | None = field(
         default=None, metadata={"help": "Revision (branch, tag, commit) of the strong model."}
     )
@@ -266,6 +271,7 @@ class CDRConfig:
             )
         if self.cdr_typicality is not None:
             self._read_typicality(self.cdr_typicality)
+        self._check_served()
         if self.cdr_num_exemplars < 0:
             raise ConfigError(f"cdr_num_exemplars is {self.cdr_num_exemplars}: it counts exemplars. Use 0 or more.")
         if self.cdr_criteria is None:
@@ -296,6 +302,47 @@ class CDRConfig:
     def typicality_bound(self) -> float:
         """Below minus this the gate typicality closes, in standard deviations per token."""
         return _TYPICALITY if self.cdr_typicality is None else self.cdr_typicality
+
+    @property
+    def served(self) -> list[str]:
+        """Those of strong and weak that are on servers."""
+        return [role for role in ("strong", "weak") if is_served(getattr(self, f"cdr_{role}"))]
+
+    def _check_served(self) -> None:
+        """What can't be asked of a model that is on a server."""
+        served = self.served
+        for role in served:
+            for name in (f"cdr_{role}_revision", f"cdr_{role}_adapter"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} is {getattr(self, name)!r}, and cdr_{role} is on a server, which serves what it was "
+                        f"started with. Leave it out, and start the server with it (--revision, --lora-modules)."
+                    )
+        if served and self.cdr_share_policy:
+            raise ConfigError(
+                f"cdr_share_policy is set, and cdr_{served[0]} is on a server: the policy's base is here. Leave out "
+                "cdr_share_policy, or name the base."
+            )
+        if "strong" in served and self.cdr_gate != "none":
+            raise ConfigError(
+                f"cdr_gate is {self.cdr_gate!r} (where it is left out, too), and cdr_strong is on a server: the gate "
+                "needs the strong model's whole distribution at every token, and a server gives the log-probabilities "
+                "of the tokens alone. Write cdr_gate='none', the paper's plain ratio, and watch the run; or load "
+                "strong here, beside which weak may stay on its server."
+            )
+        if len(served) == 2:
+            for name in ("cdr_dtype", "cdr_device", "cdr_offload"):
+                if getattr(self, name) != getattr(CDRConfig, name):
+                    raise ConfigError(
+                        f"{name} is {getattr(self, name)!r}, and strong and weak are on servers: nothing of them is "
+                        f"here. Leave it out, and start the servers as they are to run (--dtype)."
+                    )
+            others = sorted(set(self.cdr_model_init_kwargs or {}) - _LOCAL_ARGUMENTS)
+            if others:
+                raise ConfigError(
+                    f"cdr_model_init_kwargs has {others[0]!r}, and strong and weak are on servers: only their "
+                    "tokenizers are loaded here. Leave it out, and start the servers as they are to run."
+                )
 
     def _read_typicality(self, bound: float) -> None:
         """What `cdr_typicality` says of the gate: drop it with the next release."""
@@ -346,16 +393,22 @@ class CDRConfig:
                 `seed`; `cdr_dtype="auto"` is bfloat16 where the trainer computes in it (`bf16`), the pair sits on the
                 trainer's kind of device and that is no CPU, where "auto" stays float32: bfloat16 is slow there. fp16
                 changes nothing, since the range of float16 is too small for many checkpoints. With
-                `cdr_share_policy` "auto" is the policy's.
+                `cdr_share_policy` "auto" is the policy's, on servers theirs.
         """
         options = {f.name.removeprefix(_PREFIX): getattr(self, f.name) for f in fields(self)}
         if args is not None and self.cdr_seed == CDRConfig.cdr_seed:
             options["seed"] = args.seed
-        if args is not None and self.cdr_dtype == "auto" and args.bf16 and not self.cdr_share_policy:
+        has_weights = not self.cdr_share_policy and len(self.served) < 2
+        if args is not None and self.cdr_dtype == "auto" and args.bf16 and has_weights:
             device = args.device.type if self.cdr_device == "auto" else self.cdr_device.split(":")[0]
             if device == args.device.type != "cpu":
                 options["dtype"] = "bfloat16"
         return options
+
+
+def is_served(name: str) -> bool:
+    """Whether the name of a model is the address of a server."""
+    return name.startswith(_SERVERS)
 
 
 def shareable_options(config: CDRConfig | Mapping[str, Any]) -> dict[str, Any]:

@@ -87,8 +87,8 @@ def examine(config: CDRConfig | None, arguments: DoctorArguments | None = None) 
 
     Returns:
         `dict`: `platform`, `packages` (name -> version or `None`), `device`; `pair` as `DensityRatioScorer.describe`
-        gives it, or `None`; `memory` as `examine_memory` gives it, or `None`; `probe` as `measure_precision` gives it,
-        or `None`.
+        gives it, or `None`; `memory` as `examine_memory` gives it, or `None` (also where a model is on a server);
+        `probe` as `measure_precision` gives it, or `None`.
 
     Raises:
         ConfigError: with `cdr_share_policy` the pair is to be loaded.
@@ -101,7 +101,7 @@ def examine(config: CDRConfig | None, arguments: DoctorArguments | None = None) 
             "memory, or leave out cdr_share_policy to look at the pair beside the policy."
         )
     device = PartialState().device
-    memory = None if config is None else examine_memory(config, arguments.memory_bytes)
+    memory = None if config is None or config.served else examine_memory(config, arguments.memory_bytes)
     is_loaded = config is not None and not arguments.no_load
     probed = measure_precision(config, arguments.input) if config is not None and arguments.probe else None
     return {
@@ -168,12 +168,16 @@ def print_examination(found: dict[str, Any]) -> None:
         for role in ("strong", "weak"):
             model = pair[role]
             reason = f" ({model['reason']})" if model["reason"] else ""
+            lines += [("", ""), (role, model["name"])]
+            if "servers" in model:
+                lines.append(("", f"on {', '.join(model['servers'])}, which have it from {model['root']}"))
+            else:
+                lines += [
+                    ("", f"{model['architecture']}, {model['parameters']:,} parameters, {model['weights_mb']:,.0f} MB"),
+                    ("", f"about {model['work_mb']:,.0f} MB more at work, kept prefixes {model['prefix_mb']:,.0f} MB"),
+                    ("", f"{model['dtype']} on {model['device']}, {model['attention']} attention"),
+                ]
             lines += [
-                ("", ""),
-                (role, model["name"]),
-                ("", f"{model['architecture']}, {model['parameters']:,} parameters, {model['weights_mb']:,.0f} MB"),
-                ("", f"about {model['work_mb']:,.0f} MB more at work, kept prefixes {model['prefix_mb']:,.0f} MB"),
-                ("", f"{model['dtype']} on {model['device']}, {model['attention']} attention"),
                 ("", f"runs {model['way']}{reason}"),
                 ("", f"rows of up to {model['max_length'] or 'any number of'} tokens"),
                 ("", f"a turn ends with {model['end_of_turn']!r}; chat template: {model['chat_template']}"),

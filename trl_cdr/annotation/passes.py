@@ -127,8 +127,15 @@ def find_models(places: Sequence[tuple[CDRConfig, str]]) -> list[Model]:
             chat template reads that of the first one that has one.
 
     Raises:
-        ConfigError, ModelError: see `load_pair`.
+        ConfigError: a model is on a server, of whose weights nothing is known that a table could be kept by; and as
+            `load_pair`, as ModelError.
     """
+    for config, role in places:
+        if role in config.served:
+            raise ConfigError(
+                f"cdr_{role} is on a server: what a model gives is kept by its weights, and those are not known. Name "
+                "the model itself, or annotate the rows with the pair on servers."
+            )
     templates = [find_template(config, role) for config, role in places]
     first = next((template for template in templates if template is not None), None)
     return [

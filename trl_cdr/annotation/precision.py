@@ -64,8 +64,12 @@ def full_precision(config: CDRConfig) -> CDRConfig:
     in float32.
 
     Raises:
-        ConfigError: that is the same pair, or its checkpoints hold quantised weights alone.
+        ConfigError: that is the same pair, its checkpoints hold quantised weights alone, or a model is on a server.
     """
+    if config.served:
+        raise ConfigError(
+            f"--probe loads the pair twice, and cdr_{config.served[0]} is on a server. Leave it out, or load both here."
+        )
     kwargs: Mapping[str, Any] = config.cdr_model_init_kwargs or {}  # type: ignore[assignment]
     device = find_device(config.cdr_device)
     types = set()

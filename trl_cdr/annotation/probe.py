@@ -99,6 +99,11 @@ def probe(
         ModelError: the policy or the pair can't be loaded.
     """
     _check(best_of=best_of, temperature=temperature, search_budget=search_budget, max_new_tokens=max_new_tokens)
+    if scorer.config.served:
+        raise ConfigError(
+            f"cdr_{scorer.config.served[0]} is on a server: a probe lets the pair write, and searches on its whole "
+            "distributions, which servers do not give. Load the pair here."
+        )
     gate, seed = scorer.config.cdr_gate, scorer.config.cdr_seed
     scorers = {name: with_gate(scorer, name) for name in dict.fromkeys((*gates, gate)) if name != "none"}
     scorers = scorers or {"none": scorer}

@@ -84,10 +84,10 @@ def write(
     if not places:
         return groups
     tables = [_numbers(seed, per_prompt, max_new_tokens) for seed in seeds]
-    model = member.lm.model
+    model = member.local.model
     training = [module for module in model.modules() if module.training]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.inference_mode():
-        member.lm.wake()  # loading may draw numbers
+        member.local.wake()  # loading may draw numbers
         model.eval()
         try:
             for start in range(0, len(places), _AT_ONCE):
@@ -164,11 +164,11 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
 def _generate(
     member: Member, rows: Sequence[tuple[int, ...]], *, numbers: Tensor, temperature: float, max_new_tokens: int
 ) -> list[Completion]:
-    model, tokenizer = member.lm.model, member.encoder.tokenizer
+    model, tokenizer = member.local.model, member.encoder.tokenizer
     longest = max(len(ids) for ids in rows)
     if member.max_length is not None:
         max_new_tokens = max(1, min(max_new_tokens, member.max_length - longest))
-    device = member.lm.decoder.device
+    device = member.local.decoder.device
     pad = tokenizer.pad_token_id or 0  # masked
     batch = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in rows], device=device)  # (B, P)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows], device=device)  # (B, P)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..conditioning.criteria import Conditioning
-from ..config import CDRConfig
+from ..config import CDRConfig, is_served
 from ..errors import ConfigError, ModelError
 from .causal_lm import CausalLM
 from .checkpoint import read_config
@@ -26,9 +26,10 @@ from .encoding import Completion, Encoder, Prompt, Row, Unscorable, fit, own_cha
 from .loading import hub_kwargs
 from .logps import Reduce, token_logps
 from .offload import Bed, OnDisk, OnHost, Turns, check_movable, has_own_memory, reload_model
-from .packing import Group, common_prefix
+from .packing import Group, Layout, common_prefix
 from .policy_base import PolicyBase, check_shared
-from .sources import Source, find_source, find_sources, share_base
+from .served_lm import ServedLM, connect, warn_of_twins
+from .sources import Source, find_source, find_sources, read_served, share_base
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,21 @@ _PROBES = ("a", "B", "7", "(", "-", "é", "中")
 class Member:
     """One model of the pair with the encoder that feeds it, and the longest row in tokens (None: no limit)."""
 
-    lm: CausalLM
+    lm: CausalLM | ServedLM
     encoder: Encoder
     max_length: int | None
     _constants: dict[tuple[Conditioning, bool], tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_served(self) -> bool:
+        """The model is on servers."""
+        return isinstance(self.lm, ServedLM)
+
+    @property
+    def local(self) -> CausalLM:
+        """The model, of which the caller knows that it is here."""
+        assert isinstance(self.lm, CausalLM), "on servers"
+        return self.lm
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -106,6 +118,12 @@ class Member:
         self, groups: Sequence[Group], *, token_budget: int, reduce: Reduce = token_logps
     ) -> list[Tensor]:
         """Log-probabilities of every row of the groups in the call's order; see `CausalLM.per_token_logps`."""
+        if isinstance(self.lm, ServedLM):  # servers find by themselves what rows have in common, and get all at once
+            together = {
+                index: row for group in groups for index, row in zip(group.indices, group.layout.rows, strict=True)
+            }
+            layout = Layout([together[index] for index in range(len(together))])
+            return self.lm.per_token_logps(layout, token_budget=token_budget, reduce=reduce)
         results: dict[int, Tensor] = {}
         for group in groups:
             logps = self.lm.per_token_logps(group.layout, token_budget=token_budget, reduce=reduce)
@@ -242,7 +260,7 @@ class PairSource:
             self._base, self._pair = PolicyBase(policy), None
         self._base.check()
         # Merging an adapter and taking it out again, as trainers do for vLLM, leaves a base with other roundings.
-        lms = [] if self._pair is None else [self._pair.strong.lm, self._pair.weak.lm]
+        lms = [] if self._pair is None else [self._pair.strong.local, self._pair.weak.local]
         if any(lm.keeps_prefixes for lm in lms) and self._base.has_changed():
             for lm in lms:
                 lm.drop_prefixes()
@@ -279,6 +297,8 @@ def check_sources(
     for role, model, tokenizer in (("strong", strong, strong_tokenizer), ("weak", weak, weak_tokenizer)):
         if not isinstance(model, (str, Path, nn.Module)):
             raise ConfigError(f"{role} is {model!r}. Pass a model's name, a path or a loaded model.")
+        if isinstance(model, str) and is_served(model):
+            read_served(model, role)
         if isinstance(model, nn.Module) and tokenizer is None:
             raise ConfigError(
                 f"{role} is a loaded {type(model).__name__} and {role}_tokenizer is missing. Pass its tokenizer too."
@@ -336,22 +356,27 @@ def load_pair(
         ModelError: a model or tokenizer can't be loaded or can't serve.
     """
     models = {"strong": strong, "weak": weak}
+    served = connect(models)
+    models = {role: model for role, model in models.items() if role not in served}
     sources = _find_sources(config, models)
     tokenizers = {"strong": strong_tokenizer, "weak": weak_tokenizer}
-    for role, source in sources.items():
+    for role in tokenizers:
         if tokenizers[role] is None:
-            name, revision = source.tokenizer
-            tokenizers[role] = load_tokenizer(config, name, f"{role}_tokenizer", revision=revision)
+            tokenizers[role] = _load_own_tokenizer(config, role, served.get(role), sources)
     given = _read_template(config.cdr_chat_template)
     templates = [given or own_chat_template(tokenizer) for tokenizer in tokenizers.values()]
     if base is not None:
         check_shared(config, sources, base)
-    lms = _load_models(config, models, sources, base=base, turns=turns or Turns())
+    for role, asked in served.items():
+        asked.check(tokenizers[role], init_kwargs=config.cdr_model_init_kwargs)  # type: ignore[arg-type]
+    warn_of_twins(served)
+    lms = _load_models(config, models, sources, base=base, turns=turns or Turns()) | served
     members = []
     for (role, tokenizer), template, other in zip(tokenizers.items(), templates, reversed(templates), strict=True):
         # a base model has none: it reads its partner's
         members.append(_make_member(config, lms[role], tokenizer, role, template=template or other))
-    if config.cdr_offload == "cpu" and not has_own_memory(members[0].lm.decoder.device):
+    here = [member.local for member in members if not member.is_served]
+    if config.cdr_offload == "cpu" and not any(has_own_memory(model.decoder.device) for model in here):
         logger.warning(
             "cdr_offload is 'cpu', and the pair's device is the CPU: there is nowhere else to go, and it stays awake. "
             "cdr_offload='disk' lets go of its weights between calls."
@@ -388,7 +413,7 @@ def find_template(config: CDRConfig, role: str) -> str | None:
 
 
 def _make_member(
-    config: CDRConfig, lm: CausalLM, tokenizer: PreTrainedTokenizerBase, role: str, *, template: str | None
+    config: CDRConfig, lm: CausalLM | ServedLM, tokenizer: PreTrainedTokenizerBase, role: str, *, template: str | None
 ) -> Member:
     encoder = Encoder(
         tokenizer,
@@ -397,7 +422,8 @@ def _make_member(
         chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
         add_special_tokens=config.cdr_add_special_tokens,
     )
-    _check_embeddings(lm, tokenizer, role)
+    if isinstance(lm, CausalLM):
+        _check_embeddings(lm, tokenizer, role)
     return Member(lm, encoder, _choose_max_length(config, lm, role))
 
 
@@ -413,6 +439,22 @@ def load_tokenizer(
         raise ModelError(f"{argument} can't be loaded from {name!r}: {error}") from error
 
 
+def _load_own_tokenizer(
+    config: CDRConfig, role: str, served: ServedLM | None, sources: Mapping[str, Source]
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to strong or weak."""
+    if served is None:
+        name, revision = sources[role].tokenizer
+        return load_tokenizer(config, name, f"{role}_tokenizer", revision=revision)
+    try:
+        return load_tokenizer(config, served.tokenizer, f"{role}_tokenizer")
+    except ModelError as error:
+        raise ModelError(
+            f"{error}. The server has {served.name!r} from there: name the tokenizer behind its address, "
+            f"?tokenizer=NAME, or pass {role}_tokenizer."
+        ) from error
+
+
 def _read_template(path: str | None) -> str | None:
     if path is None:
         return None
@@ -423,7 +465,7 @@ def _read_template(path: str | None) -> str | None:
 
 
 def _find_sources(config: CDRConfig, models: dict[str, str | nn.Module]) -> dict[str, Source]:
-    """Where the weights of those come from that are names."""
+    """Where the weights of those come from that are names of what is here."""
     named = [role for role, model in models.items() if not isinstance(model, nn.Module)]
     return find_sources(config) if len(named) == 2 else {role: find_source(config, role) for role in named}
 
@@ -507,8 +549,11 @@ def _check_embeddings(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, role: st
         )
 
 
-def _choose_max_length(config: CDRConfig, lm: CausalLM, role: str) -> int | None:
+def _choose_max_length(config: CDRConfig, lm: CausalLM | ServedLM, role: str) -> int | None:
     asked, positions = config.cdr_max_length, lm.num_positions
     if asked is not None and positions is not None and asked > positions:
-        raise ConfigError(f"cdr_max_length is {asked}, and {role} ({lm.name}) has {positions} positions. Use fewer.")
+        remedy = " Or start the server with a larger --max-model-len." if isinstance(lm, ServedLM) else ""
+        raise ConfigError(
+            f"cdr_max_length is {asked}, and {role} ({lm.name}) has {positions} positions. Use fewer.{remedy}"
+        )
     return positions if asked is None else asked

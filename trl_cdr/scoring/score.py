@@ -89,7 +89,7 @@ def score_from_logps(
             return Score(
                 None,
                 error=f"{role} gave the log-probability {float(logps[index])} at completion token {index}: its weights "
-                "are broken or its dtype overflows. Try cdr_dtype='float32'",
+                "are broken or its dtype overflows. Try cdr_dtype='float32', of a server its --dtype",
             )
     strong_row, weak_row = rows
     reads_alike = shares_vocabulary and strong_row.completion_ids == weak_row.completion_ids

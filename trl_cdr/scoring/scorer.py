@@ -7,8 +7,10 @@ import logging
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,8 +45,8 @@ class DensityRatioScorer:
     state; safe to call from several threads (one at a time runs); can be pickled, without loaded models.
 
     Args:
-        strong, weak (`str` or `nn.Module`): Better and less aligned model: a name, a path, or a loaded model, which is
-            used as it is and never changed.
+        strong, weak (`str` or `nn.Module`): Better and less aligned model: a name, a path, the address of vLLM servers
+            (`vllm://HOST:PORT/MODEL`), or a loaded model, which is used as it is and never changed.
         strong_tokenizer, weak_tokenizer (`PreTrainedTokenizerBase`, *optional*): Needed with a loaded model.
         criteria (`str` or `Criteria`, *optional*): A TOML file, a preset, or [`Criteria`] that were built in Python.
         router (`str` or `Callable`, *optional*): How a prompt's domain is found: `"column:NAME"`, `"likelihood"`, or a
@@ -228,7 +230,7 @@ class DensityRatioScorer:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What both models give for each token. `behind`: each row's conditioning, and whether it is raw text."""
         groups = None
-        results = []
+        runs = []
         # Only the strong model's whole distributions are needed, and only by the gate.
         reduces = (gate_statistics(self.config.cdr_gate, pair.strong.final_ids), token_logps)
         for index, (member, reduce) in enumerate(zip((pair.strong, pair.weak), reduces, strict=True)):
@@ -238,8 +240,10 @@ class DensityRatioScorer:
                     for conditioning, is_text in behind
                 ]
                 groups = group_rows([row[index] for row in rows], constants)
-            results.append(member.per_token_logps(groups, token_budget=self.config.cdr_token_budget, reduce=reduce))
-        return results[0], results[1]
+            run = partial(member.per_token_logps, groups, token_budget=self.config.cdr_token_budget, reduce=reduce)
+            runs.append((member.is_served, run))
+        strong, weak = _run_both(runs)
+        return strong, weak
 
     def _score_labels(self, texts: Sequence[str], labels: Sequence[str]) -> list[list[float] | None]:
         """The strong model's mean log-probability of each label's tokens as the completion of each text, nats."""
@@ -352,17 +356,19 @@ class DensityRatioScorer:
             were passed as objects, and `adapter_weights` the same of an adapter. MB are 2**20 bytes; in `weights_mb` of
             the pair what both models stand on counts once;
             `prefix_mb` is the most that `cdr_prefix_cache_tokens` allows, `work_mb` an estimate for a forward of
-            `cdr_token_budget`.
+            `cdr_token_budget`. Of a model on servers most is `None`; it has `servers` and `root`, where they have it
+            from.
 
         Raises:
             ConfigError, ModelError: as `load`.
         """
         with self._source.use():
             pair, _ = self._load()
+            here = [member for member in (pair.strong, pair.weak) if not member.is_served]
             return {
                 "strong": pair.strong.describe(token_budget=self.config.cdr_token_budget),
                 "weak": pair.weak.describe(token_budget=self.config.cdr_token_budget),
-                "weights_mb": weight_bytes(pair.strong.lm.model, pair.weak.lm.model) / 2**20,
+                "weights_mb": weight_bytes(*(member.local.model for member in here)) / 2**20,
                 "shares_vocabulary": pair.shares_vocabulary,
                 "reads_alike": pair.reads_alike,
                 "gate": self.config.cdr_gate,
@@ -462,6 +468,14 @@ def _check_ids(completion_ids: Sequence[Any]) -> list[list[int]]:
                 f"completion_ids[{index}] is {shorten(row)}. Pass a list of token ids for each row, or none at all."
             ) from None
     return checked
+
+
+def _run_both(runs: Sequence[tuple[bool, Callable[[], list[Tensor]]]]) -> list[list[Tensor]]:
+    """The results of functions, one after the other; those that wait for a server (`True`) do so meanwhile."""
+    with ThreadPoolExecutor() as pool:
+        waiting = {place: pool.submit(run) for place, (is_served, run) in enumerate(runs) if is_served}
+        here = {place: run() for place, (_, run) in enumerate(runs) if place not in waiting}
+        return [here[place] if place in here else waiting[place].result() for place in range(len(runs))]
 
 
 def _encode(

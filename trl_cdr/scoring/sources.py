@@ -1,6 +1,6 @@
-"""Names in the options -> where a model's weights come from: a base, and maybe an adapter upon it.
+"""Names in the options -> where a model is: a base, and maybe an adapter upon it, or a server that holds it.
 
-Reads configs alone; `loading` loads a base, `adapters` puts the adapter on it.
+Reads configs alone; `loading` loads a base, `adapters` puts the adapter on it, `served_lm` asks a server.
 """
 
 import json
@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from transformers.utils import cached_file, find_adapter_config_file
 
-from ..config import CDRConfig
+from ..config import CDRConfig, is_served
 from ..errors import ConfigError, ModelError
 from .checkpoint import find_folder, identify_weights, same_weights
 from .loading import hub_kwargs
@@ -76,6 +77,82 @@ class Source:
         return base if self.adapter is None else f"{base} with adapter {self.adapter.weights}"
 
 
+@dataclass(frozen=True)
+class Served:
+    """
+    A model on vLLM servers.
+
+    Attributes:
+        urls (`tuple[str, ...]`): Where its replicas answer, such as `http://gpu1:8000`.
+        model (`str`): What they call it.
+        tokenizer (`str` or `None`): Name or path of its tokenizer; `None`: where the servers have it from.
+        timeout (`float`): How long a row is waited for, seconds, however often a server has to be asked anew.
+    """
+
+    urls: tuple[str, ...]
+    model: str
+    tokenizer: str | None = None
+    timeout: float = 300.0
+
+
+def read_served(address: str, role: str) -> Served:
+    """
+    `vllm://HOST:PORT/MODEL`, or `vllm+https://`, of several replicas one after the other with commas between them.
+    Behind a `?`, of one or of all: `tokenizer=NAME`, `timeout=SECONDS`.
+
+    Args:
+        address (`str`): As `is_served` knows it.
+        role (`str`): `"strong"` or `"weak"`, for messages.
+
+    Raises:
+        ConfigError: it can't be read, holds a password, or its replicas name different models.
+    """
+    urls, models = [], []
+    options: dict[str, str] = {}
+    for part in address.split(","):
+        try:
+            split = urlsplit(part.strip())
+            is_complete = is_served(part.strip()) and bool(split.hostname) and (split.port or True)
+        except ValueError:  # a port that is no number
+            is_complete = False
+        model = unquote(split.path[1:]).rstrip("/") if is_complete else ""
+        if not model:
+            raise ConfigError(
+                f"cdr_{role} is {address!r}, of which {part.strip()!r} can't be read. Write vllm://HOST:PORT/MODEL, "
+                "with the name that the server gives the model; replicas one after the other, with commas."
+            )
+        if split.username is not None:
+            raise ConfigError(
+                f"cdr_{role} has a user or password in its address, which would be written into records. Leave it out: "
+                "an API key is read from the environment variable VLLM_API_KEY."
+            )
+        urls.append(f"{'https' if split.scheme == 'vllm+https' else 'http'}://{split.netloc}")
+        models.append(model)
+        options |= dict(parse_qsl(split.query))
+    if len(set(models)) > 1:
+        raise ConfigError(
+            f"cdr_{role} names replicas of {models[0]!r} and of {models[-1]!r}: replicas serve one model. Give it one "
+            "name on all of them (--served-model-name)."
+        )
+    return Served(tuple(dict.fromkeys(urls)), models[0], **_read_options(options, role))
+
+
+def _read_options(options: Mapping[str, str], role: str) -> dict[str, Any]:
+    """What stands behind the `?` of an address."""
+    unknown = sorted(set(options) - {"tokenizer", "timeout"})
+    if unknown:
+        raise ConfigError(f"cdr_{role} has ?{unknown[0]}= in its address. Known there: tokenizer, timeout.")
+    read: dict[str, Any] = dict(options)
+    if "timeout" in options:
+        try:
+            read["timeout"] = float(options["timeout"])
+        except ValueError:
+            read["timeout"] = 0.0
+        if not 0 < read["timeout"] < float("inf"):
+            raise ConfigError(f"cdr_{role} has timeout={options['timeout']} in its address. Give seconds, above 0.")
+    return read
+
+
 def find_source(config: CDRConfig, role: str) -> Source:
     """
     The base and the adapter of one model of the pair. A folder or a repository that holds an adapter is one also where
@@ -122,14 +199,17 @@ def find_source(config: CDRConfig, role: str) -> Source:
 
 def find_sources(config: CDRConfig) -> dict[str, Source]:
     """
-    `find_source` for strong and weak.
+    `find_source` for strong and weak, without what is on a server.
 
     Raises:
         ConfigError: with adapters, one base is named with two revisions.
         ModelError: see `find_source`.
     """
-    strong, weak = (find_source(config, role) for role in ("strong", "weak"))
-    found = {"strong": strong, "weak": weak}
+    here = [role for role in ("strong", "weak") if not is_served(getattr(config, f"cdr_{role}"))]
+    found = {role: find_source(config, role) for role in here}
+    if len(found) < 2:
+        return found
+    strong, weak = found["strong"], found["weak"]
     is_adapted = strong.adapter is not None or weak.adapter is not None
     has_two = strong.name == weak.name and strong.revision != weak.revision
     if is_adapted and has_two and not share_base(config, found):
@@ -142,8 +222,8 @@ def find_sources(config: CDRConfig) -> dict[str, Source]:
 
 
 def share_base(config: CDRConfig, sources: Mapping[str, Source]) -> bool:
-    """Whether strong and weak stand on the same weights, under names that may differ."""
-    return same_weights(*(_folder(source, role, config) for role, source in sources.items()))
+    """Whether strong and weak are both here, and stand on the same weights, under names that may differ."""
+    return len(sources) == 2 and same_weights(*(_folder(source, role, config) for role, source in sources.items()))
 
 
 def _folder(source: Source, role: str, config: CDRConfig) -> Path:

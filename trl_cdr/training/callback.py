@@ -131,7 +131,8 @@ class CDRCallback(ProvenanceCallback):
                 "trainer is missing, and online DPO logs a reward's metrics only through it. Pass "
                 "CDRCallback(reward, trainer)."
             )
-        if self._trainer is not None and not any(f is self.reward for f in _compat.reward_functions(self._trainer)):
+        rewards = [_compat.cdr_reward(function) for function in _compat.reward_functions(self._trainer)]
+        if self._trainer is not None and not any(reward is self.reward for reward in rewards):
             raise ConfigError(
                 f"the trainer does not use {name}. Pass the same object as reward_funcs= and to CDRCallback."
             )

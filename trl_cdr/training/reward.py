@@ -1,9 +1,10 @@
 """Score -> TRL's reward-function contract. Touches no model; `scoring.scorer` does, and `scoring.rewards`."""
 
+import asyncio
 import logging
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ class CDRReward:
     first call, on the trainer process's own device, and stays there, or sleeps between calls (`offload`).
 
     Args:
-        strong, weak (`str` or `nn.Module`): Better and less aligned model: a name, a path, or a loaded model, which is
-            used as it is and never changed.
+        strong, weak (`str` or `nn.Module`): Better and less aligned model: a name, a path, the address of vLLM servers
+            (`vllm://HOST:PORT/MODEL`), or a loaded model, which is used as it is and never changed.
         strong_tokenizer, weak_tokenizer (`PreTrainedTokenizerBase`, *optional*): Needed with a loaded model.
         criteria, router (*optional*): What a good completion is in each domain, and how a prompt's domain is found; see
             [`DensityRatioScorer`]. With `router="column:NAME"` the data set's column says.
@@ -168,6 +169,21 @@ class CDRReward:
             call = Call(prompts, completions, list(tokens), scores, rewards, time.perf_counter() - started, moving)
             self._report(call, log_metric, log_extra)
         return rewards
+
+    @property
+    def awaitable(self) -> Callable[..., Coroutine[Any, Any, list[float | None]]]:
+        """
+        This reward as a function to be awaited. GRPO, RLOO and `OnlinePreferenceTrainer` run several of these at once,
+        after those that are not: it is for a pair that is on servers, beside other rewards that wait for something.
+        Pass it in place of the reward; everything else takes the reward itself.
+        """
+
+        async def reward(*args: Any, **kwargs: Any) -> list[float | None]:
+            return await asyncio.to_thread(self, *args, **kwargs)
+
+        reward.__name__ = self.__name__
+        setattr(reward, "_cdr_reward", self)  # noqa: B010 - what `_compat.cdr_reward` knows it by
+        return reward
 
     def attach(self, trainer: Any) -> None:
         """

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import _compat
-from .reward import CDRReward
 from .reward_functions import reward_name
 
 # Where trainers log the mean reward and the completions' mean length; online DPO has only the pair's own count.
@@ -32,7 +31,7 @@ def print_summary(trainer: Any, *, kind: str) -> None:
     for row in changes(
         history,
         rewards=[reward_name(function) for function in functions],
-        objectives=[function.config.cdr_name for function in functions if isinstance(function, CDRReward)],
+        objectives=[reward.config.cdr_name for reward in map(_compat.cdr_reward, functions) if reward is not None],
     ):
         table.add_row(*row)
     console = Console(soft_wrap=True)

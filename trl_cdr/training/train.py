@@ -238,7 +238,7 @@ def _make_trainer(
     try:
         return arguments.trainer_class(
             model=model_args.model_name_or_path,
-            reward_funcs=rewards,
+            reward_funcs=[_for_trainer(reward, arguments) for reward in rewards],
             args=training_args,
             train_dataset=datasets[0],
             eval_dataset=datasets[1] if len(datasets) > 1 else None,
@@ -249,6 +249,12 @@ def _make_trainer(
         raise
     except (ImportError, OSError, ValueError) as error:  # how TRL and transformers refuse arguments, and lack weights
         raise ConfigError(f"trainer {arguments.trainer} can't be made: {' '.join(str(error).split())}") from error
+
+
+def _for_trainer(reward: Any, arguments: TrainArguments) -> Any:
+    """A reward that waits for servers is awaited, where the trainer awaits any: others may be, meanwhile."""
+    is_awaited = isinstance(reward, CDRReward) and reward.config.served and arguments.trainer != "online_dpo"
+    return reward.awaitable if is_awaited else reward
 
 
 def _model_init_kwargs(arguments: TrainArguments, training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
