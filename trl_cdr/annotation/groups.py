@@ -1,5 +1,6 @@
 """A prompt with its completions, scored -> rows of a preference data set. Pure: runs no model and writes nothing."""
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -68,7 +69,7 @@ def read_group(fields: Mapping[str, Any]) -> tuple[list[Message], list[Completio
     if not isinstance(prompt, Sequence) or not all(isinstance(message, Mapping) for message in prompt):
         raise Unscorable(f"has the prompt {shorten(prompt)}. Use messages, or a string")
     try:
-        messages = [_read_message(message) for message in prompt]
+        messages: list[Message] = [_read_message(message) for message in prompt]
         if completions is None:
             return messages, None
         if not isinstance(completions, Sequence) or isinstance(completions, str):
@@ -113,20 +114,21 @@ def label_group(
     pairs = _select(completions, rewards, strategy, min_margin, seed=f"{seed} {index}")
     domain = scores[0].domain
     tokens = [score.n_tokens for score in scores]
+    gated = [score.gated for score in scores]
     shared = {
         "prompt": prompt,
         "scores": [score.value for score in scores],
         "rewards": rewards,
-        "gated": [score.gated for score in scores],
+        "gated": gated,
         "finished": [one.finished for one in completions],
         "n_tokens": tokens,
         "domain": domain,
         "row": index,
     }
-    counts = {
+    counts: dict[str, float] = {
         "rows": 1,
         "completions": len(completions),
-        "gated": sum(shared["gated"]),
+        "gated": sum(gated),
         "unscorable": sum(reward is None for reward in rewards),
         "cut_off": sum(one.finished is False for one in completions),
     }
@@ -169,7 +171,7 @@ def _select(
     places = list(firsts.values())
     if len(places) < 2:
         return [Pair(0, 1, 0.0, "tie")]
-    values = [float("nan") if rewards[place] is None else rewards[place] for place in places]
+    values = [math.nan if (reward := rewards[place]) is None else reward for place in places]
     cut_off = {number for number, place in enumerate(places) if completions[place].finished is False}
     if strategy == "all_pairs":
         found = select_all_pairs(values, min_margin=min_margin, truncated=cut_off)
