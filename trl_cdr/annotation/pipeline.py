@@ -155,7 +155,7 @@ def run(arguments: RunArguments, source: Source, job: Job) -> dict[str, Any] | N
         "versions": _compat.versions(),
     }
     _check_folder(folder, options)
-    missing = [shard for shard in range(worker, len(shards), workers) if not shards.path(shard).is_file()]
+    missing = [shard for shard in range(worker, len(shards), workers) if shards.find(shard) is None]
     if arguments.on_bad_row == "raise":
         for _ in sift(source.read([shards.span(shard) for shard in missing]), check=job.check):
             pass
@@ -173,7 +173,7 @@ def _check_folder(folder: Path, options: Mapping[str, Any]) -> None:
     """Whether the folder is free, or holds a part of what would be written now."""
     if folder.is_dir():
         check_ours(folder)
-        if any(folder.glob("data/*.parquet")):
+        if any(folder.glob("data/train-*")):
             check_options(folder, options)
 
 
@@ -230,7 +230,7 @@ def _finish(arguments: RunArguments, job: Job, shards: Shards, *, again: bool) -
     """
     folder = shards.folder
     with hold(folder, "-finish", wait=True):
-        there = len(shards.done())
+        there = sum(shards.find(shard) is not None for shard in range(len(shards)))
         if there < len(shards):
             print(f"{there} of {len(shards)} shards are there. Whoever writes the last finishes the data set")
             return None
