@@ -9,6 +9,7 @@ are there finishes the whole. So no process waits for another, and any scheduler
 import gc
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -140,9 +140,10 @@ def run(arguments: RunArguments, source: Source, job: Job) -> dict[str, Any] | N
     """
     if not source.num_rows:
         raise InputError(f"input is {source.name!r}, which has no rows.")
-    folder, state = Path(arguments.output_dir), PartialState()
+    folder = Path(arguments.output_dir)
     share, shares = arguments.share
-    worker, workers = share * state.num_processes + state.process_index, shares * state.num_processes
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # of accelerate launch and torchrun, also on a CPU
+    worker, workers = share * processes + int(os.environ.get("RANK", 0)), shares * processes
     shards = Shards(folder, source.num_rows, arguments.shard_size)
     options = {
         "command": job.command,
@@ -264,4 +265,4 @@ class _Rate(ProgressColumn):
 def _progress() -> Progress:
     """Rows done, rows a second and time left, on the main process's stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not PartialState().is_local_main_process)
+    return Progress(*columns, console=Console(stderr=True), disable=os.environ.get("LOCAL_RANK", "0") != "0")
