@@ -29,8 +29,8 @@ if args.tiny:
 
     plain = build_plain()
     args.policy, args.strong, args.weak = (str(plain / name) for name in ("policy", "strong", "weak"))
-    tasks = world.TASKS.values()
-    data = Dataset.from_list([{"prompt": world.conversation(task), "domain": task.domain} for task in tasks])
+    rows = [{"prompt": world.conversation(task), "domain": task.domain} for task in world.HELD_OUT]
+    data = Dataset.from_list(rows)
     args.input, settings = "tiny-world", {"max_completion_length": MAX_NEW_TOKENS}
 
 annotate(

@@ -134,17 +134,12 @@ def test_shards_without_rows_can_be_loaded(start, rows, tmp_path):
 
 
 def test_processes_share_the_work(start, tmp_path, monkeypatch):
-    from trl_cdr.annotation import pipeline
-
     start(out="whole")
-
-    class State:
-        num_processes, process_index, is_local_main_process = 2, 1, False
-
-    monkeypatch.setattr(pipeline, "PartialState", State)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
     assert start() is None
     assert sorted(shards(tmp_path / "out")) == ["train-000001.parquet", "train-000003.parquet"]
-    State.process_index = 0
+    monkeypatch.setenv("RANK", "0")
     assert start()["rows"] == 23
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
 

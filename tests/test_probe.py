@@ -63,7 +63,7 @@ def test_honest_completions_are_written_where_there_are_none(scorer, checkpoints
     assert own["honest"]["completions"] == 1 + 2 * 4
     assert stages[0] == "honest completions"
     policys = probe(scorer, PROMPTS, gates=(), policy=checkpoints["weak"], **SMALL)
-    assert policys["honest"]["completions"] == 3 * 4
+    assert policys["honest"]["completions"] == 3 * 4 - 1  # one has no words
     assert policys["honest"] != probe(scorer, PROMPTS, gates=(), **SMALL)["honest"]
     assert "typicality" not in policys["honest"]
     with pytest.raises(ModelError, match="policy can't be loaded from 'nowhere'"):

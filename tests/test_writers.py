@@ -59,16 +59,16 @@ def test_the_coldest_sample_is_greedy(pair):
 def test_samples_are_of_the_models_distribution(pair):
     """First tokens of many samples beside the probabilities that they have."""
     tokenizer, lm = pair.strong.encoder.tokenizer, pair.strong.lm.model
-    [group] = sample(pair.strong, ["over"], per_prompt=4000, max_new_tokens=1, temperature=8.0)
+    [group] = sample(pair.strong, ["over"], per_prompt=4000, max_new_tokens=1, temperature=1.5)
     with torch.no_grad():
         logits = lm(torch.tensor([tokenizer("over")["input_ids"]])).logits[0, -1].double()
     expected = {}
-    for token, share in enumerate((logits / 8.0).softmax(-1).tolist()):
+    for token, share in enumerate((logits / 1.5).softmax(-1).tolist()):
         text = tokenizer.decode([token], skip_special_tokens=True)
         expected[text] = expected.get(text, 0.0) + share
     found = Counter(one.text for one in group)
-    likely = [text for text, share in expected.items() if share > 0.02]
-    assert len(likely) > 5
+    likely = [text for text, share in expected.items() if share > 0.01]
+    assert len(likely) >= 4
     for text in likely:
         assert abs(found[text] / 4000 - expected[text]) < 4 * (expected[text] / 4000) ** 0.5
 

@@ -155,21 +155,14 @@ def _train(argv: list[str]) -> None:
 
 def _score(argv: list[str]) -> None:
     from .annotation.score_file import ScoreArguments, score_file
-    from .config import CDRConfig
 
-    groups = (Group("what to score", ScoreArguments), Group("the pair", CDRConfig))
-    arguments, config = _parse("score", groups, argv)
-    score_file(arguments, config)
+    score_file(*_parse_with_pair("score", "what to score", ScoreArguments, argv))
 
 
 def _annotate(argv: list[str]) -> None:
     from .annotation.annotate import AnnotateArguments, annotate
-    from .config import CDRConfig
 
-    groups = (Group("what to annotate", AnnotateArguments), Group("the pair and its reward", CDRConfig))
-    arguments, config = _parse("annotate", groups, argv)
-    _check_output(arguments.output_dir)
-    annotate(arguments, config)
+    annotate(*_parse_with_pair("annotate", "what to annotate", AnnotateArguments, argv))
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -195,12 +188,8 @@ def _rank_pairs(argv: list[str]) -> None:
 
 def _probe(argv: list[str]) -> None:
     from .annotation.probe_file import ProbeArguments, probe_file
-    from .config import CDRConfig
 
-    groups = (Group("what it is attacked with", ProbeArguments), Group("the pair and its reward", CDRConfig))
-    arguments, config = _parse("probe", groups, argv)
-    _check_output(arguments.output_dir)
-    failure = probe_file(arguments, config)
+    failure = probe_file(*_parse_with_pair("probe", "what it is attacked with", ProbeArguments, argv))
     if failure is not None:
         print(f"trl-cdr probe: {failure}", file=sys.stderr)
         raise SystemExit(1)
@@ -354,6 +343,15 @@ def _doctor(argv: list[str]) -> None:
     )
     arguments, config = _parse("doctor", groups, argv) if argv else (DoctorArguments(), None)
     print_examination(examine(config, arguments))
+
+
+def _parse_with_pair(command: str, title: str, kind: type, argv: list[str]) -> tuple[Any, Any]:
+    """A command's own arguments, with a folder that can be written, and the pair's."""
+    from .config import CDRConfig
+
+    arguments, config = _parse(command, (Group(title, kind), Group("the pair and its reward", CDRConfig)), argv)
+    _check_output(arguments.output_dir)
+    return arguments, config
 
 
 def _parse(

@@ -1,5 +1,6 @@
 """A prompt with its completions, scored -> rows of a preference data set. Pure: runs no model and writes nothing."""
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -65,13 +66,13 @@ def read_group(fields: Mapping[str, Any]) -> tuple[list[Message], list[Completio
         raise Unscorable("has no prompt. Add one: messages, or a string")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, Sequence) or not all(isinstance(message, Mapping) for message in prompt):
+    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
         raise Unscorable(f"has the prompt {shorten(prompt)}. Use messages, or a string")
     try:
-        messages = [_read_message(message) for message in prompt]
+        messages: list[Message] = [_read_message(message) for message in prompt]
         if completions is None:
             return messages, None
-        if not isinstance(completions, Sequence) or isinstance(completions, str):
+        if not isinstance(completions, list):
             raise Unscorable(f"completions are {shorten(completions)}, which is no list")
         texts = [read_completion(one) for one in completions]
     except Unscorable as reason:
@@ -79,7 +80,7 @@ def read_group(fields: Mapping[str, Any]) -> tuple[list[Message], list[Completio
     finished = fields.get("finished")
     if finished is None:
         finished = [True] * len(texts)
-    elif not isinstance(finished, Sequence) or len(finished) != len(texts) or not {*finished} <= {True, False, None}:
+    elif not isinstance(finished, list) or len(finished) != len(texts) or not {*finished} <= {True, False, None}:
         raise Unscorable(f"has finished: {shorten(finished)}. Give true, false or null for each of its completions")
     return messages, [Completion(text, said) for text, said in zip(texts, finished, strict=True)]
 
@@ -113,20 +114,21 @@ def label_group(
     pairs = _select(completions, rewards, strategy, min_margin, seed=f"{seed} {index}")
     domain = scores[0].domain
     tokens = [score.n_tokens for score in scores]
+    gated = [score.gated for score in scores]
     shared = {
         "prompt": prompt,
         "scores": [score.value for score in scores],
         "rewards": rewards,
-        "gated": [score.gated for score in scores],
+        "gated": gated,
         "finished": [one.finished for one in completions],
         "n_tokens": tokens,
         "domain": domain,
         "row": index,
     }
-    counts = {
+    counts: dict[str, float] = {
         "rows": 1,
         "completions": len(completions),
-        "gated": sum(shared["gated"]),
+        "gated": sum(gated),
         "unscorable": sum(reward is None for reward in rewards),
         "cut_off": sum(one.finished is False for one in completions),
     }
@@ -169,7 +171,7 @@ def _select(
     places = list(firsts.values())
     if len(places) < 2:
         return [Pair(0, 1, 0.0, "tie")]
-    values = [float("nan") if rewards[place] is None else rewards[place] for place in places]
+    values = [math.nan if (reward := rewards[place]) is None else reward for place in places]
     cut_off = {number for number, place in enumerate(places) if completions[place].finished is False}
     if strategy == "all_pairs":
         found = select_all_pairs(values, min_margin=min_margin, truncated=cut_off)
@@ -180,9 +182,9 @@ def _select(
 
 
 def _read_message(message: Message) -> dict[str, str]:
-    more = sorted(name for name in message if name not in ("role", "content") and message[name] is not None)
-    if more:
-        raise Unscorable(f"a message has {more[0]}, and only role and content are kept. Leave the row out")
+    for name in message:
+        if name not in ("role", "content") and message[name] is not None:
+            raise Unscorable(f"a message has {name}, and only role and content are kept. Leave the row out")
     if not isinstance(message.get("role"), str):
         raise Unscorable(f"a message has the role {message.get('role')!r}")
     return {"role": message["role"], "content": read_text(message.get("content"), "a message's content")}

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -78,13 +78,17 @@ class Shards:
         """The rows of the input that a shard is made of."""
         return range(shard * self.size, min((shard + 1) * self.size, self.num_rows))
 
-    def path(self, shard: int) -> Path:
-        """Where a shard lies."""
-        return self.folder / "data" / f"train-{shard:06d}.parquet"
+    def path(self, shard: int, *, is_empty: bool = False) -> Path:
+        """
+        Where a shard lies. One without rows has another suffix: `load_dataset` can't read such a file (datasets 4 an
+        empty file, datasets 5 an empty row group).
+        """
+        return self.folder / "data" / f"train-{shard:06d}.{'empty' if is_empty else 'parquet'}"
 
-    def done(self) -> list[int]:
-        """The shards that are there."""
-        return [shard for shard in range(len(self)) if self.path(shard).is_file()]
+    def find(self, shard: int) -> Path | None:
+        """A shard's file, if it is there."""
+        places = (self.path(shard, is_empty=is_empty) for is_empty in (False, True))
+        return next((path for path in places if path.is_file()), None)
 
     def write(self, shard: int, labelled: Labelled, schema: pa.Schema, options: Mapping[str, Any]) -> None:
         """
@@ -107,10 +111,10 @@ class Shards:
             "bad": [asdict(row) for row in labelled.bad],
         }
         table = pa.Table.from_pylist(labelled.rows, schema=schema.with_metadata({_KEY: json.dumps(note)}))
-        path = self.path(shard)
+        path = self.path(shard, is_empty=not labelled.rows)
         with writing(self.folder):
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, lambda file: _write_table(table, file))
+            write_whole(path, lambda file: pq.write_table(table, file))
 
     def notes(self, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """
@@ -123,8 +127,10 @@ class Shards:
             ConfigError: a shard can't be read, or is another run's.
         """
         wanted = digest(options)
-        for shard in self.done():
-            path, span = self.path(shard), self.span(shard)
+        for shard in range(len(self)):
+            path, span = self.find(shard), self.span(shard)
+            if path is None:
+                continue
             try:
                 note = json.loads((pq.read_metadata(path).metadata or {})[_KEY])
                 if (note["options"], note["rows"]) != (wanted, [span.start, span.stop]):
@@ -134,12 +140,6 @@ class Shards:
                     f"{str(path)!r} is no shard of this run ({error}). Remove it, and the same command makes it anew."
                 ) from error
             yield note
-
-
-def _write_table(table: pa.Table, file: BinaryIO) -> None:
-    with pq.ParquetWriter(file, table.schema) as writer:
-        if table.num_rows:  # load_dataset can't read a row group without rows (datasets 5.2)
-            writer.write_table(table)
 
 
 def digest(options: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import random
-import resource
+import re
 import signal
 import subprocess
 import sys
@@ -58,8 +58,9 @@ def run_annotate(*, kills: int = 10, few: int = FEW, many: int = MANY) -> dict[s
         few, many (`int`): Rows.
 
     Returns:
-        `dict`: `cases` (each `rows`, `seconds`, `rows_per_second`, `peak_mb`), `peak_ratio` of many over few rows,
-        `kills` (those that hit) and `is_same`: whether that run ended with the bytes of one that was not killed.
+        `dict`: `cases` (each `rows`, `seconds`, `cpu_seconds`, `rows_per_second`, `rows_per_cpu_second`, `peak_mb`),
+            `peak_ratio` of many over few rows, `kills` (those that hit) and `is_same`: whether that run ended with the
+            bytes of one that was not killed.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -76,10 +77,11 @@ def run_annotate(*, kills: int = 10, few: int = FEW, many: int = MANY) -> dict[s
 
 def print_annotate(found: dict[str, Any]) -> None:
     """Print what `run_annotate` found."""
-    table = Table("rows", "seconds", "rows/s", "peak, MB")
+    table = Table("rows", "seconds", "rows/s", "rows a second of one core's time", "peak, MB")
     for case in found["cases"]:
-        cells = (f"{case['seconds']:.1f}", f"{case['rows_per_second']:,.0f}", f"{case['peak_mb']:,.0f}")
-        table.add_row(f"{case['rows']:,}", *cells)
+        cells = (f"{case['seconds']:.1f}", f"{case['rows_per_second']:,.0f}")
+        more = (f"{case['rows_per_cpu_second']:,.0f}", f"{case['peak_mb']:,.1f}")
+        table.add_row(f"{case['rows']:,}", *cells, *more)
     console = Console()
     console.print(table)
     verdict = "the same bytes as" if found["is_same"] else "OTHER BYTES THAN"
@@ -98,13 +100,20 @@ def work(rows: str, out: str) -> None:
     arguments = AnnotateArguments(input=rows, output_dir=out, batch_size=512, shard_size=2000)
     made = {"strong_weights": "stub", "weak_weights": "stub", "strong_dtype": "none", "weak_dtype": "none"}
     print("started", flush=True)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), time.process_time()
     source = open_source(rows)
     options = {**shareable_options(Stub.config), **made, "criteria_sha256": None}
     job = make_job(arguments, cast(DensityRatioScorer, Stub()), options=options)
     run(arguments, source, replace(job, load=dict))
-    seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MB}))
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - before
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": _peak_mb()}))
+
+
+def _peak_mb() -> float:
+    """This process's own peak; what `getrusage` has is also that of the process which started it."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024 / _MB
 
 
 def _measure(folder: Path, rows: int) -> dict[str, Any]:
@@ -112,12 +121,13 @@ def _measure(folder: Path, rows: int) -> dict[str, Any]:
     path = folder / f"{rows}.jsonl"
     with path.open("w") as file:
         for index in range(rows):
-            row = {"prompt": f"what is {index} + 1 ?", "completions": [f"it is {index + 1}", f"{index}", "no"]}
+            row = {"prompt": f"what is {index} + 1 ?", "completions": [f"it is {index + 1}", f"{index}"]}
             file.write(json.dumps(row) + "\n")
     with _start(path, folder / f"out-{rows}") as process:
         printed, _ = process.communicate()
     found = json.loads(printed.splitlines()[-1])
-    return {"rows": rows, **found, "rows_per_second": rows / found["seconds"]}
+    rates = {"rows_per_second": rows / found["seconds"], "rows_per_cpu_second": rows / found["cpu_seconds"]}
+    return {"rows": rows, **found, **rates}
 
 
 def _run_killed(folder: Path, rows: int, *, kills: int, seconds: float) -> int:

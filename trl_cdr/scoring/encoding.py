@@ -84,7 +84,8 @@ class Completion:
 
 def read_text(content: Any, name: str) -> str:
     """The text of a message's content, which is a string or a list of text parts. `name` is for the reason."""
-    if isinstance(content, Sequence) and content and all(_is_text_part(part) for part in content):
+    is_parts = not isinstance(content, str) and isinstance(content, Sequence) and content
+    if is_parts and all(_is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)
     if isinstance(content, str):
         if content.isascii() or not any("\ud800" <= character <= "\udfff" for character in content):
