@@ -45,6 +45,7 @@ NAMES = {
     "cdr_num_exemplars": 2,
     "cdr_exemplar_style": "inline",
     "cdr_offload": "none",
+    "cdr_replicas": "rank",
     "cdr_seed": 0,
 }
 
@@ -101,6 +102,14 @@ def test_what_the_policy_trains_on_does_not_sleep(offload):
     with pytest.raises(ConfigError, match=f"cdr_share_policy is set and cdr_offload is '{offload}'.*Leave out one"):
         CDRConfig("a", "b", cdr_share_policy=True, cdr_offload=offload)
     assert CDRConfig("a", "b", cdr_share_policy=False, cdr_offload=offload).cdr_offload == offload
+
+
+def test_what_the_policy_trains_on_is_in_every_process():
+    with pytest.raises(ConfigError, match="cdr_share_policy is set and cdr_replicas is 'node'.*Leave out one"):
+        CDRConfig("a", "b", cdr_share_policy=True, cdr_replicas="node")
+    assert CDRConfig("a", "b", cdr_replicas="node").cdr_replicas == "node"
+    with pytest.raises(ConfigError, match="cdr_replicas is 'machine'. Use one of: rank, node"):
+        CDRConfig("a", "b", cdr_replicas="machine")
 
 
 def test_a_bare_boolean_from_yaml():

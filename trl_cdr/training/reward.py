@@ -4,6 +4,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..scoring.encoding import Message, Prompt
 from ..scoring.rewards import rewards_from_scores
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
+from ..scoring.together import load_together, score_together
 from .checks import check_domains, check_name, trainer_datasets
 from .metrics import Call, call_metrics
 from .provenance import ProvenanceCallback
@@ -150,14 +152,17 @@ class CDRReward:
             InputError: the router's column is missing, or the data set of GRPO or RLOO names an unknown domain in it;
                 see also `DensityRatioScorer.score`.
             ConfigError: another reward of GRPO or RLOO has this name; see also `DensityRatioScorer.score`.
-            ModelError: see `DensityRatioScorer.score`.
+            ModelError: in a trainer's first call, the pair has other weights in another process; see also
+                `DensityRatioScorer.score`.
         """
         trainer = _compat.trainer_behind(log_metric)
         if trainer is not None:
             self._meet(trainer)
         started, moved = time.perf_counter(), self.scorer.moving_seconds
         domains = None if self.scorer.router is None else self.scorer.router.read_column(columns)
-        scores = self.scorer.score(prompts, completions, completion_ids=completion_ids, domains=domains)
+        is_trainers = trainer is not None or "trainer_state" in columns  # then every process calls
+        score = partial(score_together, self.scorer) if is_trainers else self.scorer.score
+        scores = score(prompts, completions, completion_ids=completion_ids, domains=domains)
         self._warn(scores)
         rewards = rewards_from_scores(
             scores, on_unscorable=self._on_unscorable(trainer), reduction=self.config.cdr_reduction
@@ -210,6 +215,7 @@ class CDRReward:
         self.scorer.use_policy_tokenizer(trainer.processing_class)
         if self.config.cdr_share_policy:
             self.attach(trainer)
+        load_together(self.scorer)
         keepers = [one for one in trainer.callback_handler.callbacks if isinstance(one, ProvenanceCallback)]
         if not keepers:
             keepers.append(ProvenanceCallback(self))
