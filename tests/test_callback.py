@@ -1,16 +1,12 @@
 """The callback in TRL's trainers: what it logs, writes and refuses."""
 
 import json
-import os
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from datasets import Dataset
+from ranks import Run, launch
 from tiny import TRAINING, byte_tokenizer, chat, llama
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -149,28 +145,6 @@ def test_no_name_loses_metrics(name, prefix, tmp_path, checkpoints, tokenizer):
     assert all(expected <= set(entry) for entry in loss_logs(integration.logs))
 
 
-def two_ranks(tmp_path, *arguments):
-    """What each process found; a run that hangs fails."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = str(Path(__file__).parent / "two_ranks_callback.py")
-    run = subprocess.Popen(
-        [sys.executable, *command, script, *arguments, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        _, errors = run.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        run.terminate()  # it ends its workers
-        _, errors = run.communicate()
-    assert run.returncode == 0, errors[-4000:]
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
-    assert [rank["processes"] for rank in ranks] == [2, 2]
-    return ranks
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["online_dpo", "grpo"])
 def test_two_processes_log_what_both_counted(name, tmp_path, checkpoints):
@@ -178,7 +152,8 @@ def test_two_processes_log_what_both_counted(name, tmp_path, checkpoints):
     policy_tokenizer = byte_tokenizer(280)
     llama(len(policy_tokenizer), seed=2).save_pretrained(tmp_path / "policy")
     pair = [checkpoints["strong"], checkpoints["weak"]]
-    ranks = two_ranks(tmp_path, name, *pair, str(tmp_path / "policy"))
+    [ranks] = launch(Run("two_ranks_callback.py", [name, *pair, str(tmp_path / "policy"), str(tmp_path)]))
+    assert [rank["processes"] for rank in ranks] == [2, 2]
     logs = loss_logs(ranks[0]["logs"])
     assert len(logs) == 2
     assert sum("mine" in entry for entry in ranks[0]["logs"]) == 5

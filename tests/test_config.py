@@ -45,6 +45,7 @@ NAMES = {
     "cdr_num_exemplars": 2,
     "cdr_exemplar_style": "inline",
     "cdr_offload": "none",
+    "cdr_replicas": "rank",
     "cdr_seed": 0,
 }
 
@@ -142,6 +143,14 @@ def test_the_trainers_type_is_not_that_of_servers():
     args = SimpleNamespace(seed=0, bf16=True, device=torch.device("cuda"))
     assert CDRConfig(**SERVERS).options(args)["dtype"] == "auto"
     assert CDRConfig(**SERVERS | {"cdr_strong": "a"}).options(args)["dtype"] == "bfloat16"
+
+
+def test_what_the_policy_trains_on_is_in_every_process():
+    with pytest.raises(ConfigError, match="cdr_share_policy is set and cdr_replicas is 'node'.*Leave out one"):
+        CDRConfig("a", "b", cdr_share_policy=True, cdr_replicas="node")
+    assert CDRConfig("a", "b", cdr_replicas="node").cdr_replicas == "node"
+    with pytest.raises(ConfigError, match="cdr_replicas is 'machine'. Use one of: rank, node"):
+        CDRConfig("a", "b", cdr_replicas="machine")
 
 
 def test_a_bare_boolean_from_yaml():

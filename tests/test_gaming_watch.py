@@ -2,15 +2,11 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 from datasets import Dataset
+from ranks import Run, launch
 from tiny import TRAINING, chat, llama
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -207,23 +203,8 @@ def test_two_processes_decide_alike(name, tmp_path, checkpoints, tokenizer):
     """Though on one of them alone there is nothing to see, and both have to save."""
     llama(len(tokenizer), seed=2).save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
-    script = str(Path(__file__).parent / "two_ranks_gaming.py")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, name]
     folders = [checkpoints["strong"], checkpoints["weak"], str(tmp_path / "policy"), str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, *command, *folders],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        _, errors = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # it ends its workers
-        _, errors = process.communicate()
-    assert process.returncode == 0, errors[-4000:]
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    [ranks] = launch(Run("two_ranks_gaming.py", [name, *folders]))
     assert [rank["steps"] for rank in ranks] == [ALARM, ALARM]
     assert [len(rank["said"]) for rank in ranks] == [1, 0]  # the main process speaks
     assert ranks[0]["alarms"] == ranks[1]["alarms"] == [0.0] * (ALARM - 1) + [1.0]

@@ -1,9 +1,19 @@
 """A name or a path becomes a frozen model with all its weights, or an error that says why not."""
 
+import contextlib
+import os
+from typing import ClassVar
+
 import pytest
 import torch
 from accelerate import PartialState
 from transformers import BitsAndBytesConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import (
+    deepspeed_config,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from trl_cdr import CDRConfig, ConfigError, DensityRatioScorer, ModelError
 from trl_cdr.scoring import loading as module
@@ -72,17 +82,67 @@ def test_nothing_there(tmp_path):
         CausalLM.load(str(tmp_path / "nothing"), "weak")
 
 
-def test_loading_where_weights_would_be_empty_is_refused(checkpoints, monkeypatch):
-    """FSDP's RAM-efficient loading leaves every local rank but the first with uninitialised weights."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    CausalLM.load(checkpoints["strong"], "strong")
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    with pytest.raises(ModelError, match="weak can't be loaded under FSDP's RAM-efficient loading.*: false"):
-        CausalLM.load(checkpoints["weak"], "weak")
-    monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ModelError, match="weak can't be loaded under DeepSpeed ZeRO-3.*use ZeRO-2"):
-        CausalLM.load(checkpoints["weak"], "weak")
+class Zero3:
+    """What `TrainingArguments` leaves where transformers looks for it, under DeepSpeed ZeRO-3."""
+
+    config: ClassVar = {"zero_optimization": {"stage": 3}}
+
+    def is_zero3(self):
+        return True
+
+
+@contextlib.contextmanager
+def partitioned():
+    """Under both of what makes `from_pretrained` leave weights to other processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        patch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+        config = Zero3()  # transformers keeps it by a weak reference
+        set_hf_deepspeed_config(config)
+        try:
+            yield config
+        finally:
+            unset_hf_deepspeed_config()
+
+
+@pytest.mark.compat
+def test_the_pair_is_whole_where_the_policy_is_not(checkpoints, strong, monkeypatch):
+    """And what loads the policy finds everything as it was, also after a load that failed."""
+    load, seen = module.AutoModelForCausalLM.from_pretrained, []
+
+    def spy(*args, **kwargs):
+        seen.append((is_deepspeed_zero3_enabled(), "FSDP_CPU_RAM_EFFICIENT_LOADING" in os.environ))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", spy)
+    with partitioned() as config:
+        lm = CausalLM.load(checkpoints["strong"], "strong")
+        assert torch.equal(lm.model.lm_head.weight, strong.lm_head.weight)
+        assert seen == [(False, False)]
+        for name in ("strong", "/nowhere"):
+            with contextlib.suppress(ModelError):
+                CausalLM.load(checkpoints.get(name, name), "strong")
+            assert is_deepspeed_zero3_enabled()
+            assert deepspeed_config() is config.config
+            assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "asleep"])
+def test_so_is_what_is_read_later(kind, checkpoints, tmp_path):
+    """An adapter that is put on a base, and a pair that is loaded anew for each call."""
+    options = dict(checkpoints)
+    if kind == "adapter":
+        pytest.importorskip("peft")
+        from lora import save_adapter
+
+        options["strong"] = save_adapter(tmp_path, checkpoints["weak"])
+    else:
+        options["offload"] = "disk"
+    expected = DensityRatioScorer(**options).score(["hello"], ["world"])
+    scorer = DensityRatioScorer(**options)
+    with partitioned():
+        assert scorer.score(["hello"], ["world"]) == expected
+        assert scorer.score(["hello"], ["world"]) == expected
 
 
 @pytest.mark.compat

@@ -1,11 +1,7 @@
 """Online SimPO and DPO on N generations: what is learnt from which pair, inherited behaviour, metrics."""
 
 import math
-import os
-import subprocess
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +9,7 @@ import torch
 from datasets import Dataset
 from oracle import completion_logps
 from packaging.version import Version
+from ranks import Run, launch
 from tiny import TRAINING, chat, llama
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -685,25 +682,11 @@ def test_a_batch_of_another_shape_is_refused():
 def test_two_processes_are_one_with_twice_the_batch(strategy, tmp_path, policy):
     """The same completions: sampling differs by process. Losses, metrics and weights agree to float tolerance, also
     where gradients are accumulated over pairs of which some have no weight."""
-    script = Path(__file__).parent / "two_ranks.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    found = []
-    for processes, batch, accumulated in ((1, 16, 1), (2, 8, 1), (2, 4, 2)):
-        out = tmp_path / f"{processes}-{batch}.pt"
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [
-            sys.executable,
-            *(launch if processes > 1 else []),
-            str(script),
-            policy,
-            str(out),
-            strategy,
-            str(batch),
-            str(accumulated),
-        ]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-4000:]
-        found.append(torch.load(out))
+    runs = [
+        Run("two_ranks.py", [policy, strategy, str(batch), str(accumulated)], processes)
+        for processes, batch, accumulated in ((1, 16, 1), (2, 8, 1), (2, 4, 2))
+    ]
+    found = [main for main, *_ in launch(*runs)]
     one, *others = found
     assert [each["processes"] for each in found] == [1, 2, 2]
     for log, rewards in zip(one["logs"], one["rewards"], strict=False):

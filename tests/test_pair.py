@@ -16,6 +16,11 @@ from trl_cdr.scoring import loading, pair
 from trl_cdr.scoring.encoding import Encoder
 
 
+def test_objects_are_in_every_process(tokenizer, strong, weak):
+    with pytest.raises(ConfigError, match="replicas is 'node', and strong is a loaded LlamaForCausalLM.*or leave"):
+        DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer, replicas="node")
+
+
 def test_sources_are_checked_before_anything_is_loaded(strong, tokenizer):
     with pytest.raises(ConfigError, match="strong is None. Pass a model's name"):
         DensityRatioScorer(weak="b")

@@ -1,14 +1,10 @@
 """Training with the pair on the policy's own base: nothing of the policy is touched, and every step is the same."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
 from lora import save_adapter
+from ranks import Run, launch
 from tiny import TRAINING, chat, llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -242,17 +238,7 @@ def test_attaching(base, adapter, checkpoints, tmp_path):
 @pytest.mark.slow
 def test_two_processes(base, adapter, tmp_path):
     """Each shares the base of its own copy of the policy, inside of what accelerate wraps it in."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = str(Path(__file__).parent / "two_ranks_share.py")
-    done = subprocess.run(
-        [sys.executable, *command, script, base, adapter, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    [ranks] = launch(Run("two_ranks_share.py", [base, adapter, str(tmp_path)]))
     for rank in ranks:
         assert rank["processes"] == 2
         assert rank["wrapper"] == "DistributedDataParallel"

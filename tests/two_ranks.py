@@ -1,24 +1,20 @@
 """A run with completions that are a function of their prompt alone, for `test_online_preference_trainer`.
 
-python two_ranks.py POLICY OUT STRATEGY BATCH_SIZE ACCUMULATED, by itself or under torch.distributed.run.
+two_ranks.py POLICY STRATEGY BATCH_SIZE ACCUMULATED, by `ranks`.
 """
 
-import os
-import sys
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "CI": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-
 import random
+import sys
 import tempfile
 from collections import Counter
 
-import torch
 from datasets import Dataset
+from ranks import report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_cdr import OnlinePreferenceConfig, OnlinePreferenceTrainer
 
-policy, out, strategy, batch_size, accumulated = sys.argv[1:]
+policy, strategy, batch_size, accumulated = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(policy)
 
 
@@ -86,12 +82,5 @@ names = {
 names |= {"pairs/used", "pairs/margin", "pairs/chosen_tokens"}
 logs = [{name: log[name] for name in names} for log in trainer.state.log_history if "loss" in log]
 logs += [{f"eval_{name}": evaluation[f"eval_{name}"] for name in names - {"grad_norm"}}]
-if trainer.accelerator.is_main_process:
-    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-    torch.save(
-        {"processes": trainer.accelerator.num_processes, "logs": logs, "weights": weights, "rewards": trained}, out
-    )
-if torch.distributed.is_initialized():
-    trainer.accelerator.wait_for_everyone()
-    torch.distributed.destroy_process_group()
-os._exit(0)  # a thread of gloo that outlives the interpreter aborts the process, now and then
+weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+report({"processes": trainer.accelerator.num_processes, "logs": logs, "weights": weights, "rewards": trained})

@@ -1,21 +1,18 @@
 """A run whose two processes label unlike rows in unlike times, for `test_callback`.
 
-python -m torch.distributed.run ... two_ranks_callback.py TRAINER STRONG WEAK POLICY OUT
+two_ranks_callback.py TRAINER STRONG WEAK POLICY OUT, by `ranks`.
 
 Some rows can't be scored, a callback logs on the main process alone, and clocks tick by process: on rank 0 a call takes
 0.25 seconds and a log's steps 1, on rank 1 these are 0.5 and 4.
 """
 
+import itertools
 import os
 import sys
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "CI": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-
-import itertools
 from types import SimpleNamespace
 
-import torch
 from datasets import Dataset
+from ranks import report
 from tiny import TRAINING, byte_tokenizer, chat
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -87,13 +84,11 @@ trainer.add_callback(MainProcessLogs())
 calls = []
 reward.observe(calls.append)
 trainer.train()
-found = {
-    "calls": [(call.tokens, call.scores, call.rewards) for call in calls],
-    "logs": trainer.state.log_history,
-    "kept": len(callback._rows),
-    "processes": trainer.accelerator.num_processes,
-}
-torch.save(found, f"{out}/{rank}.pt")
-trainer.accelerator.wait_for_everyone()
-torch.distributed.destroy_process_group()
-os._exit(0)  # a thread of gloo that outlives the interpreter aborts the process, now and then
+report(
+    {
+        "calls": [(call.tokens, call.scores, call.rewards) for call in calls],
+        "logs": trainer.state.log_history,
+        "kept": len(callback._rows),
+        "processes": trainer.accelerator.num_processes,
+    }
+)

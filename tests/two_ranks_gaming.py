@@ -1,18 +1,15 @@
 """A run of two processes of which one alone writes what games the reward, for `test_gaming_watch`.
 
-python -m torch.distributed.run ... two_ranks_gaming.py TRAINER STRONG WEAK POLICY OUT
+two_ranks_gaming.py TRAINER STRONG WEAK POLICY OUT, by `ranks`.
 """
 
+import logging
 import os
 import sys
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "CI": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-
-import logging
 from dataclasses import replace
 
-import torch
 from datasets import Dataset
+from ranks import report
 from tiny import TRAINING, chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -72,7 +69,4 @@ else:
 trainer.add_callback(CDRCallback(reward, trainer))
 trainer.train()
 alarms = [entry["cdr/alarm"] for entry in trainer.state.log_history if "cdr/alarm" in entry]
-torch.save({"steps": trainer.state.global_step, "said": said, "alarms": alarms}, f"{out}/{rank}.pt")
-trainer.accelerator.wait_for_everyone()
-torch.distributed.destroy_process_group()
-os._exit(0)  # a thread of gloo that outlives the interpreter aborts the process, now and then
+report({"steps": trainer.state.global_step, "said": said, "alarms": alarms})

@@ -2,7 +2,8 @@
 
 import inspect
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -173,6 +174,19 @@ def fused_head() -> Any:
     except ImportError:
         return None
     return add_fused_lm_head
+
+
+@contextmanager
+def without_deepspeed() -> Iterator[None]:
+    """Keep from transformers, for a while, the DeepSpeed config by which `from_pretrained` partitions under ZeRO-3."""
+    from transformers.integrations import deepspeed
+
+    held = deepspeed._hf_deepspeed_config_weak_ref  # what sets and unsets it is public, what reads it is not
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
 
 
 def _untested(what: str) -> ConfigError:

@@ -33,6 +33,7 @@ PAIR_OPTIONS = (
     "max_length",
     "prefix_cache_tokens",
     "offload",
+    "replicas",
 )
 """The options, without prefix, that say what the pair is and how it reads. Scorers that share a pair share these."""
 
@@ -224,6 +225,13 @@ class CDRConfig:
             "host's memory; disk: their checkpoints."
         },
     )
+    cdr_replicas: Literal["rank", "node"] = field(
+        default="rank",
+        metadata={
+            "help": "Which processes of a run hold the pair. rank: each; node: the first of each machine, which in a "
+            "trainer's calls scores the rows of all of them."
+        },
+    )
     cdr_seed: int = field(
         default=0,
         metadata={"help": "Seed of what is drawn: a domain's exemplars, and the tokens of the load-time check."},
@@ -252,6 +260,11 @@ class CDRConfig:
             raise ConfigError(
                 f"cdr_share_policy is set and cdr_offload is {self.cdr_offload!r}: the pair stands on weights that the "
                 "policy trains on, and those stay where they are. Leave out one of the two."
+            )
+        if self.cdr_share_policy and self.cdr_replicas != "rank":
+            raise ConfigError(
+                f"cdr_share_policy is set and cdr_replicas is {self.cdr_replicas!r}: the pair stands on the policy's "
+                "base, which is in every process. Leave out one of the two."
             )
         if not self.cdr_name.isidentifier():
             raise ConfigError(

@@ -32,6 +32,7 @@ WITHOUT_EFFECT = {
     "cdr_dtype",  # "auto" is not the same everywhere: the types in force are compared
     *("cdr_device", "cdr_token_budget", "cdr_prefix_cache_tokens"),  # where, and in what portions: rounding
     "cdr_offload",  # where the weights are between calls
+    "cdr_replicas",  # and in which processes
     *("cdr_name", "cdr_on_unscorable", "cdr_on_gaming"),  # a reward's, and scores are no rewards
     "cdr_policy_tokenizer",  # of completion_ids, which a file has none of
     *("input", "input_rows"),  # what they are is compared by content

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError, ModelError
+from .loading import whole_weights
 from .sources import WEIGHTS, Adapter
+from .weights import fingerprint
 
 _PREFIX = "base_model.model."  # that peft puts before a base's names
 
@@ -29,6 +31,7 @@ def view(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+@whole_weights()
 def attach(base: Any, adapter: Adapter, role: str) -> Any:
     """
     A base with an adapter, as a model of its own. The base stays as it is, and its weights are the only copy.
@@ -79,14 +82,6 @@ def attach(base: Any, adapter: Adapter, role: str) -> Any:
 def unwrap(model: Any) -> Any:
     """The transformers model inside of a `PeftModel`, adapters and all; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def fingerprint(model: nn.Module) -> int:
-    """A number that changes, for all that anyone can tell, when a weight does: the sum of their bits as integers."""
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    with torch.inference_mode():
-        sums = [parameter.view(kinds[parameter.itemsize]).sum(dtype=torch.int64) for parameter in model.parameters()]
-        return hash(tuple(torch.stack([each.cpu() for each in sums]).tolist()))
 
 
 def _import_peft(why: str) -> Any:

@@ -3,20 +3,39 @@
 Runs nothing: `causal_lm` does. `pair` loads tokenizers.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from .._compat import without_deepspeed
 from ..errors import ConfigError, ModelError
+from .weights import check_whole
+
+_RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """
+    Have libraries give this process all of a model's weights. Under DeepSpeed ZeRO-3 they would be partitioned, and
+    under FSDP's RAM-efficient loading stay empty on every process of a node but the first: both are for the policy.
+    """
+    held = os.environ.pop(_RAM_EFFICIENT, None)
+    try:
+        with without_deepspeed():
+            yield
+    finally:
+        if held is not None:
+            os.environ[_RAM_EFFICIENT] = held
+
+
+@whole_weights()
 def load_model(
     name: str,
     role: str,
@@ -29,7 +48,6 @@ def load_model(
     """
     Load a causal language model, in evaluation mode and without gradients. Arguments and errors: see `CausalLM.load`.
     """
-    _refuse_partial_weights(role)
     place = find_device(device)
     loading = {
         "revision": revision,
@@ -62,23 +80,10 @@ def load_model(
             f"{role} is {name!r}, whose checkpoint lacks {len(missing)} weights ({missing[0]}, ...): they would be "
             "random. Use a checkpoint of a causal language model."
         )
+    check_whole(model, role)
     model.requires_grad_(False)
     model.eval()
     return model
-
-
-def _refuse_partial_weights(role: str) -> None:
-    """Under these two, `from_pretrained` gives empty or partitioned weights, and scores that nobody would suspect."""
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        cause, remedy = "FSDP's RAM-efficient loading", "set fsdp_cpu_ram_efficient_loading: false"
-    elif is_deepspeed_zero3_enabled():
-        cause, remedy = "DeepSpeed ZeRO-3", "use ZeRO-2"
-    else:
-        return
-    raise ModelError(
-        f"{role} can't be loaded under {cause}: its weights would be empty or partitioned. Pass a model that was "
-        f"loaded before the trainer's arguments were made, or {remedy}."
-    )
 
 
 def hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Parameters are counted on a model that torch builds without memory (the meta dev
 included. `causal_lm` has its own work estimated here; `doctor` prints the table.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..errors import ModelError
 from .forward import Decoder
 from .logps import logits_per_chunk
 from .packed import Packed, attention_windows, why_not_packed
+from .weights import plain_tensors
 
 GB = 10**9
 
@@ -246,19 +247,7 @@ def _kept_values(config: PretrainedConfig) -> int:
 def _distinct(models: Iterable[nn.Module]) -> Iterable[Tensor]:
     """The plain tensors of the models, each place in a memory once; those that sleep have a place too."""
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-    return {(part.device, part.data_ptr()): part for tensor in tensors for part in _parts(tensor)}.values()
-
-
-def _parts(tensor: Any) -> Iterator[Tensor]:
-    """The plain tensors that one is made of: torchao's wrap some, bitsandbytes' have some beside them."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
-        return
-    yield tensor.data
-    state = getattr(tensor, "quant_state", None)
-    beside = [getattr(tensor, "SCB", None), *(vars(state).values() if state is not None else ())]
-    yield from (each for each in beside if isinstance(each, Tensor))
+    return {(part.device, part.data_ptr()): part for tensor in tensors for part in plain_tensors(tensor)}.values()
 
 
 class _Planned(Decoder):

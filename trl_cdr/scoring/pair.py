@@ -28,8 +28,10 @@ from .logps import Reduce, token_logps
 from .offload import Bed, OnDisk, OnHost, Turns, check_movable, has_own_memory, reload_model
 from .packing import Group, Layout, common_prefix
 from .policy_base import PolicyBase, check_shared
+from .ranks import Ranks
 from .served_lm import ServedLM, connect, warn_of_twins
 from .sources import Source, find_source, find_sources, read_served, share_base
+from .weights import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -188,17 +190,24 @@ class PairSource:
     Attributes:
         lock (`RLock`): Held by whoever uses the models.
         turns (`Turns`): Whose weights are awake, where `cdr_offload` puts them to sleep between calls.
+        ranks (`Ranks`): The other processes, and whether this one holds the pair.
     """
 
     def __init__(self, config: CDRConfig, models: dict[str, Any], tokenizers: dict[str, Any]) -> None:
         self.config = config
         self.lock = threading.RLock()
         self.turns = Turns()
+        self.ranks = Ranks(config.cdr_replicas)
         for role, model in models.items():
             if isinstance(model, nn.Module) and config.cdr_offload != "none":
                 raise ConfigError(
                     f"offload is {config.cdr_offload!r}, and {role} is a loaded {type(model).__name__}: models that "
                     "are passed as objects are not moved. Pass its name or path, or leave offload out."
+                )
+            if isinstance(model, nn.Module) and config.cdr_replicas != "rank":
+                raise ConfigError(
+                    f"replicas is {config.cdr_replicas!r}, and {role} is a loaded {type(model).__name__}: what is "
+                    "passed as an object is in every process. Pass its name or path, or leave replicas out."
                 )
         self._models = models
         self._tokenizers = tokenizers
@@ -228,11 +237,12 @@ class PairSource:
         The pair; asked for within `use`.
 
         Raises:
-            ConfigError: a model that was passed as an object did not survive pickling, or with `cdr_share_policy` there
-                is no policy, or none that can be shared.
+            ConfigError: a model that was passed as an object did not survive pickling, with `cdr_share_policy` there is
+                no policy, or none that can be shared, or this process is to hold no pair.
             ModelError: a model or tokenizer can't be loaded or can't serve.
         """
         with self.lock:
+            self.ranks.check_holds()
             self._find_base()
             if self._pair is None:
                 for role, model in self._models.items():
@@ -487,6 +497,7 @@ def _load_models(
     bed: Bed | None = None
     for role, model in models.items():
         if isinstance(model, nn.Module):  # the caller may change its weights: nothing of them is kept between calls
+            check_whole(model, role)
             lms[role] = CausalLM(model, role, seed=config.cdr_seed)
             continue
         source = sources[role]

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ..config import CDRConfig
 from ..errors import ConfigError, ModelError
-from .adapters import fingerprint, unwrap, view
+from .adapters import unwrap, view
 from .checkpoint import find_folder
 from .loading import hub_kwargs
 from .sources import Source, share_base
+from .weights import fingerprint, is_whole
 
 _REMEDY = "Leave out cdr_share_policy: the pair is then loaded beside the policy."
 _ROWS, _SMALL = 16, 2**16  # of a large matrix so many rows are compared, of what has fewer numbers all
@@ -141,7 +142,7 @@ def _refuse_unfit(policy: Any) -> None:
             "cdr_share_policy is set, and the policy's base is quantised: its numbers are not those of the checkpoint "
             f"that the pair is named by, and are computed with in another type. {_REMEDY}"
         )
-    if any(hasattr(p, "placements") or p.numel() == 0 for p in parameters):
+    if not is_whole(model):
         raise ConfigError(f"cdr_share_policy is set, and the policy is spread over processes (FSDP, ZeRO-3). {_REMEDY}")
     if len({p.device for p in parameters}) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ConfigError(f"cdr_share_policy is set, and the policy is spread over devices. {_REMEDY}")

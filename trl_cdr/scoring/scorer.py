@@ -4,7 +4,6 @@ Adapters (`training.reward`, the command line) turn scores into what their calle
 """
 
 import logging
-import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +19,16 @@ from transformers import PreTrainedTokenizerBase
 from ..conditioning.criteria import Conditioning, Criteria
 from ..conditioning.router import NoDomain, Router, confusion
 from ..config import PAIR_OPTIONS, CDRConfig
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError
+from .columns import check_columns, check_ids
 from .completions import CompletionReader
-from .encoding import Completion, Message, Prompt, Row, Unscorable, shorten
+from .encoding import Completion, Message, Prompt, Row, Unscorable
 from .gate import gate_statistics
 from .logps import token_logps
 from .memory import weight_bytes
 from .packing import Layout, group_rows
 from .pair import Pair, PairSource, check_adapters, check_sources, load_tokenizer
+from .ranks import Ranks
 from .score import Score, score_from_logps
 
 logger = logging.getLogger(__name__)
@@ -147,11 +148,12 @@ class DensityRatioScorer:
 
         Raises:
             InputError: lengths differ, or nothing at all says what the domains are.
-            ConfigError: conversations without any chat template, or a pair that was lost by pickling.
+            ConfigError: conversations without any chat template, a pair that was lost by pickling, or, with
+                `cdr_replicas="node"`, a process that holds no pair (see `together`).
             ModelError: a model can't be loaded or can't serve, or memory does not hold a single row.
         """
-        _check_columns(prompts, completions, completion_ids=completion_ids, finished=finished, domains=domains)
-        ids = None if completion_ids is None else _check_ids(completion_ids)
+        check_columns(prompts, completions, completion_ids=completion_ids, finished=finished, domains=domains)
+        ids = None if completion_ids is None else check_ids(completion_ids)
         if len(prompts) == 0:
             return []
         with self._source.use():
@@ -222,7 +224,7 @@ class DensityRatioScorer:
             prompts (`Sequence`): Strings or conversations.
             domains (`Sequence[str]`): The right domain of each.
         """
-        _check_columns(prompts, prompts, domains=domains)
+        check_columns(prompts, prompts, domains=domains)
         return confusion(domains, self.route(prompts))
 
     def _run(
@@ -386,6 +388,11 @@ class DensityRatioScorer:
         """
         return None if self.config.cdr_offload == "none" else self._source.turns.seconds
 
+    @property
+    def ranks(self) -> Ranks:
+        """The other processes of the run, and whether this one holds the pair (`cdr_replicas`)."""
+        return self._source.ranks
+
     def modules(self) -> list[nn.Module]:
         """The models that were passed as objects."""
         return self._source.held
@@ -440,34 +447,6 @@ def _shared_options(share: Any, given: dict[str, Any]) -> dict[str, Any]:
             )
     options = share.config.options()
     return {name: options[name] for name in PAIR_OPTIONS}
-
-
-def _check_columns(prompts: Any, completions: Any, **optional: Any) -> None:
-    given = {name: values for name, values in optional.items() if values is not None}
-    for name, values in {"prompts": prompts, "completions": completions, **given}.items():
-        if isinstance(values, str) or not hasattr(values, "__len__"):
-            raise InputError(f"{name} is {shorten(values)}. Pass a list with one entry for each row.")
-        if len(values) != len(prompts):
-            raise InputError(
-                f"{name} has {len(values)} rows and prompts has {len(prompts)}: the two are read side by side. "
-                "Pass as many of one as of the other."
-            )
-    for index, said in enumerate(given.get("finished", ())):
-        if said not in (True, False, None):
-            raise InputError(f"finished[{index}] is {said!r}. Use True, False or None.")
-
-
-def _check_ids(completion_ids: Sequence[Any]) -> list[list[int]]:
-    """Plain integers, whatever kind of sequence a trainer hands over."""
-    checked = []
-    for index, row in enumerate(completion_ids):
-        try:
-            checked.append([operator.index(token) for token in row])
-        except TypeError:
-            raise InputError(
-                f"completion_ids[{index}] is {shorten(row)}. Pass a list of token ids for each row, or none at all."
-            ) from None
-    return checked
 
 
 def _run_both(runs: Sequence[tuple[bool, Callable[[], list[Tensor]]]]) -> list[list[Tensor]]:

@@ -14,6 +14,7 @@ from transformers import DefaultFlowCallback, TrainerControl, TrainerState, Trai
 
 from .. import _compat
 from ..errors import ConfigError
+from ..scoring.together import load_together
 from .checks import check_domains, check_name, trainer_datasets
 from .completions_table import table_rows, write_table
 from .gaming_watch import GamingWatch
@@ -26,8 +27,8 @@ class CDRCallback(ProvenanceCallback):
     """
     Metrics, provenance and an early start for a [`CDRReward`].
 
-    - Loads the pair when training begins, so that the first step does not pay for it, and tells the reward the policy's
-      tokenizer; with `share_policy` also the policy, on whose base the pair then stands.
+    - Loads the pair when training begins, so that the first step does not pay for it, and compares processes' weights;
+      tells the reward the policy's tokenizer, and with `share_policy` the policy, on whose base the pair then stands.
     - In online DPO logs the reward's metrics (`<name>/...`, see `call_metrics`), which GRPO and RLOO log by themselves.
     - With `trainer`, in every trainer, logs the mean reward of each domain (`<name>/rewards/<domain>`) and
       `<name>/step_share`, the share of the time since the last log that went into labelling.
@@ -49,6 +50,7 @@ class CDRCallback(ProvenanceCallback):
     Raises:
         ConfigError: `reward` is no `CDRReward`. When training begins: the trainer does not use this reward, or uses two
             of one name; online DPO without `trainer`; the policy is the very module that scores.
+        ModelError: When training begins: the pair can't be loaded, or has other weights in another process.
         InputError: When training begins: a data set lacks the router's column, or names an unknown domain in it.
 
     Example:
@@ -83,7 +85,7 @@ class CDRCallback(ProvenanceCallback):
             self.reward.attach(self._trainer)
         elif kwargs.get("model") is not None:
             self.reward.scorer.use_policy(kwargs["model"])
-        self.reward.scorer.load()
+        load_together(self.reward.scorer)
         if self._trainer is None:
             super().on_train_begin(args, state)
         else:

@@ -43,7 +43,7 @@ class ProvenanceCallback(TrainerCallback):  # type: ignore[misc]
 
     def join(self, trainer: Any) -> None:
         """Record all rewards of a trainer from now on, wherever it saves the model and in its model cards."""
-        self._records = [provenance(reward) for reward in self._rewards(trainer)]
+        self._ask(self._rewards(trainer))
         if trainer.is_world_process_zero():
             self._write(Path(trainer.args.output_dir))
         if self._joined is trainer:
@@ -67,7 +67,8 @@ class ProvenanceCallback(TrainerCallback):  # type: ignore[misc]
         trainer.save_model, trainer.create_model_card = save_model, create_model_card
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        self._records = self._records or [provenance(self.reward)]
+        if not self._records:
+            self._ask([self.reward])
         if state.is_world_process_zero:
             self._write(Path(args.output_dir))
 
@@ -79,6 +80,10 @@ class ProvenanceCallback(TrainerCallback):  # type: ignore[misc]
         found = [_compat.cdr_reward(function) for function in _compat.reward_functions(trainer)]
         rewards = [reward for reward in found if reward is not None]
         return rewards if self.reward in rewards else [self.reward, *rewards]
+
+    def _ask(self, rewards: Sequence["CDRReward"]) -> None:
+        """A process without a pair knows nothing, and writes nothing: the main one has it."""
+        self._records = [provenance(reward) for reward in rewards if reward.scorer.ranks.holds_pair]
 
     def _write(self, folder: Path) -> None:
         first, *others = self._records

@@ -5,6 +5,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..scoring.encoding import Message, Prompt
 from ..scoring.rewards import rewards_from_scores
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
+from ..scoring.together import load_together, score_together
 from .checks import check_domains, check_name, trainer_datasets
 from .metrics import Call, call_metrics
 from .provenance import ProvenanceCallback
@@ -151,14 +153,17 @@ class CDRReward:
             InputError: the router's column is missing, or the data set of GRPO or RLOO names an unknown domain in it;
                 see also `DensityRatioScorer.score`.
             ConfigError: another reward of GRPO or RLOO has this name; see also `DensityRatioScorer.score`.
-            ModelError: see `DensityRatioScorer.score`.
+            ModelError: in a trainer's first call, the pair has other weights in another process; see also
+                `DensityRatioScorer.score`.
         """
         trainer = _compat.trainer_behind(log_metric)
         if trainer is not None:
             self._meet(trainer)
         started, moved = time.perf_counter(), self.scorer.moving_seconds
         domains = None if self.scorer.router is None else self.scorer.router.read_column(columns)
-        scores = self.scorer.score(prompts, completions, completion_ids=completion_ids, domains=domains)
+        is_trainers = trainer is not None or "trainer_state" in columns  # then every process calls
+        score = partial(score_together, self.scorer) if is_trainers else self.scorer.score
+        scores = score(prompts, completions, completion_ids=completion_ids, domains=domains)
         self._warn(scores)
         rewards = rewards_from_scores(
             scores, on_unscorable=self._on_unscorable(trainer), reduction=self.config.cdr_reduction
@@ -175,11 +180,15 @@ class CDRReward:
         """
         This reward as a function to be awaited. GRPO, RLOO and `OnlinePreferenceTrainer` run several of these at once,
         after those that are not: it is for a pair that is on servers, beside other rewards that wait for something.
+        Calls in which processes wait for one another (the first one, and all with `replicas="node"`) run one by one.
         Pass it in place of the reward; everything else takes the reward itself.
         """
 
         async def reward(*args: Any, **kwargs: Any) -> list[float | None]:
-            return await asyncio.to_thread(self, *args, **kwargs)
+            ranks = self.scorer.ranks
+            if ranks.have_met and ranks.node is None:
+                return await asyncio.to_thread(self, *args, **kwargs)
+            return self(*args, **kwargs)  # waits for other processes, which have to be met in one order everywhere
 
         reward.__name__ = self.__name__
         setattr(reward, "_cdr_reward", self)  # noqa: B010 - what `_compat.cdr_reward` knows it by
@@ -226,6 +235,7 @@ class CDRReward:
         self.scorer.use_policy_tokenizer(trainer.processing_class)
         if self.config.cdr_share_policy:
             self.attach(trainer)
+        load_together(self.scorer)
         keepers = [one for one in trainer.callback_handler.callbacks if isinstance(one, ProvenanceCallback)]
         if not keepers:
             keepers.append(ProvenanceCallback(self))

@@ -23,6 +23,7 @@ from ..scoring.checkpoint import read_config, weights_mb
 from ..scoring.loading import hub_kwargs
 from ..scoring.pair import load_tokenizer
 from ..scoring.sources import find_sources
+from ..scoring.together import load_together
 from .callback import CDRCallback
 from .checks import check_domains
 from .prompts import load_prompts
@@ -156,7 +157,7 @@ def train(
 
     if not cdr_args.cdr_share_policy:  # else it stands on the policy's base, and CDRCallback loads it
         _say(f"loading the pair: strong {_with_size(cdr_args.cdr_strong)}, weak {_with_size(cdr_args.cdr_weak)}")
-        objectives[0].scorer.load()
+        load_together(objectives[0].scorer)
     _say(f"loading the policy: {_with_size(policy)}")
     trainer = _make_trainer(arguments, training_args, model_args, rewards, datasets)
     for reward in objectives:
