@@ -152,7 +152,7 @@ def test_a_stopped_run_ends_with_the_bytes_of_an_uninterrupted_one(run, quick, t
         ({"pair_strategy": "all_pairs"}, "pair_strategy='best_worst', and now it is 'all_pairs'"),
         ({"num_generations": 4}, "num_generations=3, and now it is 4"),
         ({"policy": "strong"}, "holds scores with policy_identity='sha256 .*', and now it is 'sha256 "),
-        ({"cdr": {"cdr_gate": "none"}}, "cdr_gate='typicality', and now it is 'none'"),
+        ({"cdr": {"cdr_gate": "none"}}, "cdr_gate='surprise', and now it is 'none'"),
     ],
 )
 def test_a_run_that_changed_is_refused(change, message, run, quick, checkpoints, monkeypatch):

@@ -12,6 +12,7 @@ from tiny import chat
 from trl_cdr import CDRConfig, DensityRatioScorer, __version__
 from trl_cdr.bench import workloads
 from trl_cdr.bench.measure import Cost, measure
+from trl_cdr.bench.memory import print_memory_costs
 from trl_cdr.bench.naive import naive_logps
 from trl_cdr.cli import main
 from trl_cdr.doctor import examine, print_examination
@@ -211,7 +212,7 @@ def test_bench_of_memory(capsys, monkeypatch):
     assert one_base["between_mb"] < 0.8 * result["pair_mb"]  # at this size an adapter is large
     for size in ("between_mb", "peak_mb"):
         assert policys[size] == pytest.approx(one_base[size] - 0.5 * result["pair_mb"], abs=0.05 * result["pair_mb"])
-    main(["bench", "--workload", "memory", "--runs", "1"])
+    print_memory_costs(result)
     printed = capsys.readouterr().out
     assert "asleep on disk" in printed
     assert "on the policy's base" in printed

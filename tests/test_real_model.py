@@ -101,7 +101,7 @@ def test_own_samples_are_typical(pair, model, tokenizer):
             )[:, inputs["input_ids"].shape[1] :]
             rows += [(prompt, row) for row in ids.tolist()]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for _, ids in rows]
-    reward = CDRReward(**pair, policy_tokenizer=str(pair["strong"]))
+    reward = CDRReward(**pair, policy_tokenizer=str(pair["strong"]), gate="typicality")
     scores = reward.scorer.score([prompt for prompt, _ in rows], texts, completion_ids=[ids for _, ids in rows])
     tokens = sum(score.n_tokens for score in scores)
     assert abs(sum(score.typicality * score.n_tokens for score in scores) / tokens) < 0.15

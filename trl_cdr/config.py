@@ -80,12 +80,8 @@ class CDRConfig:
     ```
     """
 
-    cdr_strong: str = field(
-        metadata={"help": "Better aligned model: a name on the Hub, a path, or vllm://HOST:PORT/MODEL on a server."}
-    )
-    cdr_weak: str = field(
-        metadata={"help": "Less aligned model: a name on the Hub, a path, or vllm://HOST:PORT/MODEL on a server."}
-    )
+    cdr_strong: str = field(metadata={"help": "Better aligned model: a name, a path, or vllm://HOST:PORT/MODEL."})
+    cdr_weak: str = field(metadata={"help": "Less aligned model, likewise."})
     cdr_strong_revision: str | None = field(
         default=None, metadata={"help": "Revision (branch, tag, commit) of the strong model."}
     )
@@ -123,7 +119,7 @@ class CDRConfig:
     )
     cdr_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Keyword arguments for both models' from_pretrained, a mapping or a JSON string."},
+        metadata={"help": "Keyword arguments for from_pretrained, a mapping or a JSON string."},
     )
     cdr_reduction: Literal["sum", "mean"] = field(
         default="sum",
@@ -227,10 +223,7 @@ class CDRConfig:
     )
     cdr_replicas: Literal["rank", "node"] = field(
         default="rank",
-        metadata={
-            "help": "Which processes of a run hold the pair. rank: each; node: the first of each machine, which in a "
-            "trainer's calls scores the rows of all of them."
-        },
+        metadata={"help": "Who holds the pair. rank: each process; node: one a machine."},
     )
     cdr_seed: int = field(
         default=0,
