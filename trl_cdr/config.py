@@ -151,7 +151,7 @@ class CDRConfig:
         metadata={"help": "Longest prompt + completion, in tokens. Default: the model's number of positions."},
     )
     cdr_token_budget: int = field(
-        default=8192, metadata={"help": "Tokens of one forward, padding included. Halved when memory runs out."}
+        default=8192, metadata={"help": "Tokens of one forward, padding too; halved if memory runs out."}
     )
     cdr_gate: Literal["surprise", "typicality", "none"] = field(
         default="surprise",
