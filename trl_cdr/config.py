@@ -105,7 +105,7 @@ class CDRConfig:
     )
     cdr_share_policy: bool = field(
         default=False,
-        metadata={"help": "The policy trains an adapter on the pair's own base: hold that base once for all three."},
+        metadata={"help": "The policy trains an adapter on the pair's base: hold it once for all."},
     )
     cdr_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
@@ -163,10 +163,7 @@ class CDRConfig:
     )
     cdr_typicality: float | None = field(
         default=None,
-        metadata={
-            "help": "Deprecated: cdr_gate says it. The bound of the gate typicality, in standard deviations per token; "
-            "inf is cdr_gate none."
-        },
+        metadata={"help": "Deprecated: cdr_gate says it. The bound of its typicality."},
     )
     cdr_on_unscorable: Literal["auto", "floor", "none", "raise"] = field(
         default="auto",
@@ -179,13 +176,13 @@ class CDRConfig:
     cdr_on_gaming: Literal["warn", "stop", "off"] = field(
         default="warn",
         metadata={
-            "help": "What CDRCallback does where the logs say that the policy games the reward. warn: say so, with "
-            "three completions; stop: also save a checkpoint and end training; off: nothing."
+            "help": "What CDRCallback does where the policy games the reward. warn: say so; stop: also save a "
+            "checkpoint and end; off: nothing."
         },
     )
     cdr_name: str = field(
         default="cdr",
-        metadata={"help": "The reward is called <name>_reward and its metrics start with <name>/."},
+        metadata={"help": "Its function is <name>_reward, its metrics <name>/..."},
     )
     cdr_prefix_cache_tokens: int = field(
         default=8192,
