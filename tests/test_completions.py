@@ -8,7 +8,7 @@ from tiny import byte_tokenizer, llama
 from trl_cdr import CDRConfig
 from trl_cdr.scoring.completions import CompletionReader, cut_at_end
 from trl_cdr.scoring.encoding import Encoder
-from trl_cdr.scoring.pair import load_pair
+from trl_cdr.scoring.pair_loading import load_pair
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tiny import byte_tokenizer, chat, llama
 from torch import nn
 
 from trl_cdr import CDRReward, ConfigError, Criteria, DensityRatioScorer, ModelError
-from trl_cdr.scoring import offload, pair
+from trl_cdr.scoring import offload, pair_loading
 from trl_cdr.scoring.offload import OnDisk, OnHost, Turns
 
 CRITERIA = Criteria.from_toml(
@@ -28,7 +28,7 @@ DOMAINS = ["long", "plain", "long"]
 @pytest.fixture(params=["cpu", "disk"])
 def kind(request, monkeypatch):
     """On a CPU the host's memory is the device's: take it for another one."""
-    monkeypatch.setattr(pair, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(pair_loading, "has_own_memory", lambda device: True)
     return request.param
 
 
@@ -128,7 +128,7 @@ def test_one_model_is_awake_at_a_time(kind, checkpoints):
 
 
 def test_while_a_pair_is_loaded_one_model_is_awake(kind, checkpoints, monkeypatch):
-    load, before = pair.CausalLM.load, []
+    load, before = pair_loading.CausalLM.load, []
 
     def spy(name, role, **kwargs):
         before.extend(is_asleep(lm.model) for lm in loaded)
@@ -136,7 +136,7 @@ def test_while_a_pair_is_loaded_one_model_is_awake(kind, checkpoints, monkeypatc
         return loaded[-1]
 
     loaded = []
-    monkeypatch.setattr(pair.CausalLM, "load", spy)
+    monkeypatch.setattr(pair_loading.CausalLM, "load", spy)
     DensityRatioScorer(**checkpoints, offload=kind).load()
     assert before == [True]
 
@@ -166,7 +166,7 @@ def test_a_call_that_fails_leaves_the_pair_asleep_and_the_next_one_works(kind, c
 
 
 def test_weights_that_do_not_wake_are_asleep_still(checkpoints, expected, monkeypatch):
-    monkeypatch.setattr(pair, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(pair_loading, "has_own_memory", lambda device: True)
     scorer = DensityRatioScorer(**checkpoints, criteria=CRITERIA, router="column:d", offload="cpu")
     assert same(score(scorer), expected)
     empty, calls = torch.empty_strided, []
@@ -239,7 +239,9 @@ def test_kept_prefixes_leave_the_device_too(kind, checkpoints, monkeypatch):
     scorer = DensityRatioScorer(**checkpoints, criteria=CRITERIA, router="column:d", offload=kind)
     moved = []
     monkeypatch.setattr(
-        pair.CausalLM, "rest", lambda self, keep, rest=pair.CausalLM.rest: moved.append(rest(self, keep=keep))
+        pair_loading.CausalLM,
+        "rest",
+        lambda self, keep, rest=pair_loading.CausalLM.rest: moved.append(rest(self, keep=keep)),
     )
     score(scorer)
     assert moved

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from trl_cdr import ConfigError, DensityRatioScorer, ModelError
-from trl_cdr.scoring import loading, pair
+from trl_cdr.scoring import loading, pair_loading
 from trl_cdr.scoring.encoding import Encoder
 
 
@@ -135,7 +135,7 @@ def test_whether_a_pair_reads_alike_is_decided_once(strong, weak, tokenizer, mon
 
 def test_each_model_is_loaded_at_its_revision(checkpoints, monkeypatch):
     loaded = {}
-    load, load_tokenizer = loading.AutoModelForCausalLM.from_pretrained, pair.AutoTokenizer.from_pretrained
+    load, load_tokenizer = loading.AutoModelForCausalLM.from_pretrained, pair_loading.AutoTokenizer.from_pretrained
 
     def take(name, kind, kwargs):
         loaded[name, kind] = kwargs.pop("revision")
@@ -145,7 +145,9 @@ def test_each_model_is_loaded_at_its_revision(checkpoints, monkeypatch):
         loading.AutoModelForCausalLM, "from_pretrained", lambda name, **kw: load(name, **take(name, "model", kw))
     )
     monkeypatch.setattr(
-        pair.AutoTokenizer, "from_pretrained", lambda name, **kw: load_tokenizer(name, **take(name, "tokenizer", kw))
+        pair_loading.AutoTokenizer,
+        "from_pretrained",
+        lambda name, **kw: load_tokenizer(name, **take(name, "tokenizer", kw)),
     )
     DensityRatioScorer(**checkpoints, strong_revision="aligned", weak_revision="base").load()
     revisions = {"strong": "aligned", "weak": "base"}

@@ -21,7 +21,7 @@ from trl_cdr import (
     OnlinePreferenceConfig,
     OnlinePreferenceTrainer,
 )
-from trl_cdr.scoring import pair
+from trl_cdr.scoring import pair_source
 from trl_cdr.training.environment import EnvironmentReward
 from trl_cdr.training.provenance import PROVENANCE, labelling_section, provenance
 
@@ -191,7 +191,7 @@ def test_a_model_is_saved_whatever_becomes_of_its_record(tmp_path, reward, token
     trainer = make("grpo", tmp_path, reward, tokenizer)
     trainer.train()
     reward.scorer.unload()
-    monkeypatch.setattr(pair, "load_pair", None)  # it is not loaded again for this
+    monkeypatch.setattr(pair_source, "load_pair", None)  # it is not loaded again for this
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / PROVENANCE).mkdir()  # a folder: it can't be written
     trainer.save_model(str(tmp_path / "elsewhere"))

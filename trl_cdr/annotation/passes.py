@@ -33,7 +33,8 @@ from ..scoring.encoding import Completion, Prompt, Row, Unscorable
 from ..scoring.gate import examine, gate_statistics
 from ..scoring.loading import expected_dtype, find_device
 from ..scoring.packing import group_rows
-from ..scoring.pair import Member, find_template, load_member
+from ..scoring.pair import Member
+from ..scoring.pair_loading import find_template, load_member
 from ..scoring.ratio import sum_logps
 from ..scoring.sources import find_source
 

@@ -17,7 +17,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ..config import CDRConfig
 from ..scoring.causal_lm import CausalLM
 from ..scoring.encoding import Completion, Encoder, Prompt, Unscorable, own_chat_template
-from ..scoring.pair import Member, Pair, load_tokenizer
+from ..scoring.pair import Member, Pair
+from ..scoring.pair_loading import load_tokenizer
 
 _AT_ONCE = 64  # sequences
 

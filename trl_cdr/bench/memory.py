@@ -178,7 +178,7 @@ def _make_policy(folder: Path, loading: Mapping[str, Any]) -> nn.Module:
 
 
 def _put_to_bed(lm: CausalLM, role: str, place: str, folder: Path, turns: Turns, loading: Mapping[str, Any]) -> _Timed:
-    """Where a model sleeps from now on; as `pair` does it."""
+    """Where a model sleeps from now on; as `pair_loading` does it."""
     if place == "disk":
         lm.model.save_pretrained(folder)
         bed = _Timed(OnDisk(lm.model, partial(load_model, str(folder), role, **loading)))

@@ -1,6 +1,6 @@
 """A name or a path -> a frozen model with all its weights, on one device, or an error that says why not.
 
-Runs nothing: `causal_lm` does. `pair` loads tokenizers.
+Runs nothing: `causal_lm` does. `pair_loading` loads tokenizers.
 """
 
 import os

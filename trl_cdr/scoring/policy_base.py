@@ -1,7 +1,7 @@
 """A policy that trains an adapter -> its base as a model of its own, for a pair that stands on the same weights.
 
 The policy is only ever looked at: the base is a view (`adapters`) that is in nobody's module tree, and neither flags
-nor modes of the policy are touched. `pair` holds it, `training.reward` says which policy.
+nor modes of the policy are touched. `pair_source` holds it, `training.reward` says which policy.
 """
 
 import importlib

@@ -27,7 +27,9 @@ from .gate import gate_statistics
 from .logps import token_logps
 from .memory import weight_bytes
 from .packing import Layout, group_rows
-from .pair import Pair, PairSource, check_adapters, check_sources, load_tokenizer
+from .pair import Pair
+from .pair_loading import load_tokenizer
+from .pair_source import PairSource, check_adapters, check_sources
 from .ranks import Ranks
 from .score import Score, score_from_logps
 

@@ -21,7 +21,7 @@ from ..config import CDRConfig
 from ..errors import CDRError, ConfigError
 from ..scoring.checkpoint import read_config, weights_mb
 from ..scoring.loading import hub_kwargs
-from ..scoring.pair import load_tokenizer
+from ..scoring.pair_loading import load_tokenizer
 from ..scoring.sources import find_sources
 from ..scoring.together import load_together
 from .callback import CDRCallback
