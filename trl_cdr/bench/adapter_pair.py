@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import CDRConfig
 from ..errors import ConfigError
@@ -114,22 +114,33 @@ def print_adapter_pair(result: dict[str, Any]) -> None:
 
 def save_adapter(base: str, folder: Path, **options: Any) -> Any:
     """Write a random adapter; returns the model that it and its base are when merged."""
-    try:
-        peft = importlib.import_module("peft")
-    except ImportError as error:
-        raise ConfigError(f"peft can't be imported ({error}). Run: pip install 'trl-cdr[peft]'") from error
-    config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model = load_model(base, "strong", **options)
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng():
         torch.manual_seed(0)
-        # peft 0.21 reads what transformers 5 deprecates
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+        adapted = add_adapter(model)
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:  # begins at 0; of a trained one about this size
                 parameter.data.normal_(std=0.01)
     adapted.save_pretrained(str(folder))
     return adapted.merge_and_unload().eval()
+
+
+def add_adapter(model: nn.Module) -> Any:
+    """
+    A model with a new adapter on all its linear layers, of the model's type: a `PeftModel`.
+
+    Raises:
+        ConfigError: peft is not installed.
+    """
+    try:
+        peft = importlib.import_module("peft")
+    except ImportError as error:
+        raise ConfigError(f"peft can't be imported ({error}). Run: pip install 'trl-cdr[peft]'") from error
+    config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        # peft 0.21 reads what transformers 5 deprecates
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def _run_shape(shape: Shape, pairs: dict[str, list[CausalLM]], *, device: str, runs: int) -> dict[str, Any]:

@@ -5,10 +5,8 @@ workloads' peaks, and only what is on the device.
 """
 
 import gc
-import importlib
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,7 @@ from ..scoring.offload import Bed, OnDisk, OnHost, Turns
 from ..scoring.packing import Layout
 from ..scoring.policy_base import PolicyBase
 from ..scoring.sources import find_source
-from .adapter_pair import RANK, save_adapter
+from .adapter_pair import add_adapter, save_adapter
 from .measure import MB, describe_machine, measure
 from .run import TOKEN_BUDGET
 from .workloads import Shape, build_model
@@ -154,7 +152,7 @@ def _one_base(
     source = find_source(CDRConfig(str(folder), str(folder), cdr_strong_adapter=str(adapter)), "strong")
     cases: list[dict[str, Any]] = []
     for label, is_policys in (("one base, an adapter", False), ("on the policy's base", True)):
-        policy = _make_policy(folder, loading) if is_policys else None
+        policy = add_adapter(load_model(str(folder), "weak", **loading)) if is_policys else None
         base = PolicyBase(policy).model if policy is not None else None
         strong = CausalLM.load(source.name, "strong", adapter=source.adapter, base=base, **loading)
         weak = CausalLM.load(source.name, "weak", base=strong.base, **loading)
@@ -165,16 +163,6 @@ def _one_base(
         del strong, weak, policy, base
         gc.collect()
     return cases
-
-
-def _make_policy(folder: Path, loading: Mapping[str, Any]) -> nn.Module:
-    peft = importlib.import_module("peft")
-    config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    with warnings.catch_warnings():
-        # peft 0.21 reads what transformers 5 deprecates
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        policy: nn.Module = peft.get_peft_model(load_model(str(folder), "weak", **loading), config)
-    return policy
 
 
 def _put_to_bed(lm: CausalLM, role: str, place: str, folder: Path, turns: Turns, loading: Mapping[str, Any]) -> _Timed:
