@@ -229,21 +229,21 @@ def _bench(argv: list[str]) -> None:
         from .demo.gaming import print_gaming, run_gaming
 
         gaming = run_gaming()
-        print(json.dumps(gaming, indent=2)) if args.json else print_gaming(gaming)
+        _present(gaming, print_gaming, as_json=args.json)
         return
 
     if args.workload == "optimum":
         from .demo.optimum import print_optimum, run_optimum
 
         optimum = run_optimum()
-        print(json.dumps(optimum, indent=2)) if args.json else print_optimum(optimum)
+        _present(optimum, print_optimum, as_json=args.json)
         return
 
     if args.workload == "annotate":
         from .bench.annotate import print_annotate, run_annotate
 
         annotated = run_annotate()
-        print(json.dumps(annotated, indent=2)) if args.json else print_annotate(annotated)
+        _present(annotated, print_annotate, as_json=args.json)
         return
 
     if args.workload == "pair_step":
@@ -252,14 +252,14 @@ def _bench(argv: list[str]) -> None:
         steps = run_pair_step(
             args.model, args.cdr_strong, dtype=args.cdr_dtype, attention=args.attention, runs=args.runs
         )
-        print(json.dumps(steps, indent=2)) if args.json else print_pair_step(steps)
+        _present(steps, print_pair_step, as_json=args.json)
         return
 
     if args.workload == "memory":
         from .bench.memory import print_memory_costs, run_memory
 
         costs = run_memory(args.model, dtype=args.cdr_dtype, attention=args.attention, runs=args.runs)
-        print(json.dumps(costs, indent=2)) if args.json else print_memory_costs(costs)
+        _present(costs, print_memory_costs, as_json=args.json)
         return
 
     if args.workload == "adapter_pair":
@@ -268,7 +268,7 @@ def _bench(argv: list[str]) -> None:
         adapted = run_adapter_pair(
             args.model, args.cdr_strong, dtype=args.cdr_dtype, attention=args.attention, runs=args.runs
         )
-        print(json.dumps(adapted, indent=2)) if args.json else print_adapter_pair(adapted)
+        _present(adapted, print_adapter_pair, as_json=args.json)
         return
 
     from .bench.run import load_pair, print_workload, run_workload
@@ -276,10 +276,11 @@ def _bench(argv: list[str]) -> None:
     names = None if args.cdr_strong is None else (args.cdr_strong, args.cdr_weak)
     pair = load_pair(args.model, names, dtype=args.cdr_dtype, attention=args.attention)
     result = run_workload(args.workload, pair, runs=args.runs)
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        print_workload(result)
+    _present(result, print_workload, as_json=args.json)
+
+
+def _present(result: dict[str, Any], show: Callable[[dict[str, Any]], None], *, as_json: bool) -> None:
+    print(json.dumps(result, indent=2)) if as_json else show(result)
 
 
 def _read_bench(argv: list[str]) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..config import CDRConfig, shareable_options
 from ..errors import ConfigError
@@ -18,7 +18,7 @@ from .evaluate_report import draw_evaluation, print_evaluation, write_markdown
 from .labels import read_labels
 from .passes import Passes
 from .preferences import Preference, draw, read_preferences
-from .reader import BadRow, open_source
+from .reader import BadRow, OnBadRow, check_on_bad_row, open_source
 from .rewardbench import BENCHMARKS, selftest
 from .score_folder import write_json
 
@@ -44,7 +44,7 @@ class PreferenceArguments:
         default=None,
         metadata={"help": "At most so many pairs, drawn as evenly over the subsets as these allow. Default: all."},
     )
-    on_bad_row: Literal["raise", "skip"] = field(
+    on_bad_row: OnBadRow = field(
         default="raise", metadata={"help": "What becomes of a row that can't be used: raise stops; skip: counts it."}
     )
     cache_dir: str | None = field(
@@ -55,8 +55,7 @@ class PreferenceArguments:
     def __post_init__(self) -> None:
         if self.pairs is not None and self.pairs < 1:
             raise ConfigError(f"pairs is {self.pairs}: it counts pairs. Use 1 or more, or leave it out.")
-        if self.on_bad_row not in ("raise", "skip"):
-            raise ConfigError(f"on_bad_row is {self.on_bad_row!r}. Use raise or skip.")
+        check_on_bad_row(self.on_bad_row)
 
     def read(self, config: CDRConfig) -> tuple[list[Preference], list[BadRow]]:
         """

@@ -25,7 +25,7 @@ from rich.text import Text
 from .. import _compat
 from ..errors import ConfigError, InputError
 from .card import push, write_card
-from .reader import Check, OnBadRow, Row, Source, open_source, sift
+from .reader import Check, OnBadRow, Row, Source, check_on_bad_row, open_source, sift
 from .score_folder import OPTIONS, SUMMARY, check_options, check_ours, hold, write_json, writing
 from .shards import Counts, Labelled, Shards, add_counts
 
@@ -67,8 +67,7 @@ class RunArguments:
         for name in ("batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it counts rows. Use 1 or more.")
-        if self.on_bad_row not in ("raise", "skip"):
-            raise ConfigError(f"on_bad_row is {self.on_bad_row!r}. Use raise or skip.")
+        check_on_bad_row(self.on_bad_row)
         self.share  # noqa: B018 - raises
 
     @property

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -181,6 +181,15 @@ def sift(
             raise InputError(f"{row.where} {reason}")
         elif bad is not None:
             bad.append(BadRow(row.index, row.where, str(reason)))
+
+
+def check_on_bad_row(value: str) -> None:
+    """
+    Raises:
+        ConfigError: it is none of `OnBadRow`; YAML and Python say what they like.
+    """
+    if value not in get_args(OnBadRow):
+        raise ConfigError(f"on_bad_row is {value!r}. Use raise or skip.")
 
 
 def needs(*names: str) -> Check:
