@@ -1,13 +1,18 @@
 """Samples for the probe, of tiny random models."""
 
+import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from families import FAMILIES, V, build_family
 from tiny import byte_tokenizer, chat, llama
 
 from trl_cdr import CDRConfig, DensityRatioScorer, ModelError
-from trl_cdr.annotation.writers import end_id, load_policy, write
+from trl_cdr.annotation import writers
+from trl_cdr.annotation.writers import end_id, load_policy, prompt_ids, write
+from trl_cdr.scoring.causal_lm import CausalLM
 
 PROMPTS = [chat("hello"), "the quick brown fox jumps", chat("what is this and that?", "a dog", "over?")]
 
@@ -71,6 +76,44 @@ def test_samples_are_of_the_models_distribution(pair):
     assert len(likely) >= 4
     for text in likely:
         assert abs(found[text] / 4000 - expected[text]) < 4 * (expected[text] / 4000) ** 0.5
+
+
+def test_a_prompt_is_read_once_for_all_its_completions(pair):
+    read = []
+    model = pair.strong.lm.model
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, args, out: read.append(args[0].numel()))
+    try:
+        groups = sample(pair.strong, per_prompt=8, max_new_tokens=2)
+    finally:
+        hook.remove()
+    lengths = [len(prompt_ids(pair.strong, prompt)) for prompt in PROMPTS]
+    assert sum(read) == len(PROMPTS) * (max(lengths) - 1) + 8 * len(PROMPTS) * 2
+    assert [group[:1] for group in groups] == sample(pair.strong, per_prompt=1, max_new_tokens=2)
+
+
+@pytest.mark.compat
+@pytest.mark.filterwarnings("ignore:The `sliding_window_pattern` attribute is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_read_once_changes_nothing(name):
+    """Of every family, also of those whose states are no keys and values, or not those of all tokens."""
+    lm = CausalLM(build_family(name), "policy")
+    tokenizer = SimpleNamespace(pad_token_id=None, decode=lambda ids, **_: str(ids))
+    member = SimpleNamespace(local=lm, encoder=SimpleNamespace(tokenizer=tokenizer), final_ids=(), max_length=None)
+    draw = random.Random(0)
+    prompts = [tuple(draw.randrange(1, V) for _ in range(count)) for count in (1, 5, 19, 21)]
+    rows = [prompt for prompt in prompts for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.rand(len(rows), 6, generator=generator, dtype=torch.float64)
+
+    def written(rows, numbers):
+        found = writers._generate(member, rows, numbers=numbers, temperature=1.0, max_new_tokens=6)
+        return [one.text for one in found]
+
+    with torch.inference_mode():
+        together = written(rows, numbers)
+        # No two of one prompt in a batch.
+        apart = [written(rows[first::3], numbers[first::3]) for first in range(3)]
+    assert together == [apart[place % 3][place // 3] for place in range(len(rows))]
 
 
 def test_the_end_of_the_turn_ends_a_sample(tokenizer, weak):

@@ -5,14 +5,16 @@
 A prompt's draws are its own: a table of random numbers, one for each completion and token, made from its seed; a token
 is where the cumulated probability passes its number. So what a prompt gets depends neither on the prompts beside it nor
 on how many there are, but for rounding, which follows the shape of the batch; and no random state is touched.
+A prompt is read once for all its completions.
 """
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from ..config import CDRConfig
 from ..scoring.causal_lm import CausalLM
@@ -156,7 +158,8 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self.start
-        cumulated = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, V)
+        probabilities = (scores.float() / self.temperature).softmax(dim=-1)
+        cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)  # (B, V)
         drawn = torch.searchsorted(cumulated, self.numbers[:, step, None] * cumulated[:, -1:], right=True)  # (B, 1)
         only = torch.full_like(scores, -torch.inf)
         return only.scatter_(1, drawn.clamp_(max=scores.shape[1] - 1), 0.0)
@@ -166,22 +169,26 @@ def _generate(
     member: Member, rows: Sequence[tuple[int, ...]], *, numbers: Tensor, temperature: float, max_new_tokens: int
 ) -> list[Completion]:
     model, tokenizer = member.local.model, member.encoder.tokenizer
-    longest = max(len(ids) for ids in rows)
+    longest = max(map(len, rows))
     if member.max_length is not None:
         max_new_tokens = max(1, min(max_new_tokens, member.max_length - longest))
     device = member.local.decoder.device
     pad = tokenizer.pad_token_id or 0  # masked
-    batch = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in rows], device=device)  # (B, P)
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows], device=device)  # (B, P)
     ends = set(member.final_ids)
+    distinct = list(dict.fromkeys(rows))
+    batch = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in distinct], device=device)  # (D, P)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in distinct], device=device)  # (D, P)
+    places = {ids: place for place, ids in enumerate(distinct)}
+    of = torch.tensor([places[ids] for ids in rows], device=device)  # (B,)
     found = model.generate(
-        batch,
-        attention_mask=mask,
+        batch[of],
+        attention_mask=mask[of],
         do_sample=False,  # `_Draw` leaves one token
         logits_processor=LogitsProcessorList([_Draw(numbers.to(device), temperature, longest)]),
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
         max_new_tokens=max_new_tokens,
+        past_key_values=None if len(distinct) == len(rows) else _read_once(member.local, batch, mask, of, pad=pad),
     )[:, longest:].tolist()  # (B, T)
     completions = []
     for ids in found:
@@ -189,3 +196,36 @@ def _generate(
         text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
         completions.append(Completion(text, (length < len(ids)) if ends else None))
     return completions
+
+
+def _read_once(lm: CausalLM, batch: Tensor, mask: Tensor, of: Tensor, *, pad: int) -> DynamicCache | None:
+    """
+    Let a model read prompts that several sequences share, less their last token; `generate` goes on from there.
+
+    Args:
+        lm (`CausalLM`): The model.
+        batch, mask (`Tensor` of shape (D, P)): The prompts, padded on the left.
+        of (`Tensor` of shape (B,)): For each sequence the place of its prompt.
+        pad (`int`): What they are padded with.
+
+    Returns:
+        `DynamicCache` or `None`: what is kept of them, of B sequences. `None` where the model can't take that, or keeps
+        it in a way of its own: each sequence then reads its prompt.
+    """
+    decoder = lm.decoder
+    is_fit = "past_key_values" in inspect.signature(decoder.backbone.forward).parameters
+    is_fit = is_fit and 1 < batch.shape[1] <= decoder.rope_switch  # beyond it, all positions turn at once
+    if not is_fit or lm.model.generation_config.cache_implementation is not None:
+        return None
+    read = lm.model.generate(
+        batch[:, :-1],
+        attention_mask=mask[:, :-1],
+        do_sample=False,
+        pad_token_id=pad,
+        max_new_tokens=1,
+        return_dict_in_generate=True,
+    )
+    if type(read.past_key_values) is not DynamicCache:
+        return None
+    read.past_key_values.reorder_cache(of)
+    return read.past_key_values

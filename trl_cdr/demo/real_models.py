@@ -26,14 +26,18 @@ from transformers import (
     TrainerCallback,
 )
 
+from ..annotation.writers import write
 from ..errors import ConfigError
+from ..scoring.causal_lm import CausalLM
 from ..scoring.checkpoint import identify_weights
+from ..scoring.encoding import Encoder
+from ..scoring.pair import Member
 from . import real_world
 from .cache import build_once
-from .models import Sample, progress, seeded
+from .models import Sample, progress
 from .story import TINY_RUN, quiet_trl
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Part of the cache folder's name. Raise it with every change of the tasks, the sampling or the tuning."""
 
 _BATCH = 64  # sequences
@@ -113,36 +117,23 @@ def sample(
 
     The model's training mode and the global random state are as before when it returns.
     """
-    rendered = tokenizer.apply_chat_template(list(prompts), tokenize=False, add_generation_prompt=True)
-    was_training = model.training
-    model.eval()
-    stops = end_ids(model, tokenizer)
+    policy = Member(CausalLM(model, "policy"), Encoder(tokenizer, "policy"), None)
     at_once = max(1, _BATCH // per_prompt)
     groups: list[list[Sample]] = []
-    with torch.no_grad(), seeded(seed), progress() as bars:
-        bar = bars.add_task(label, total=len(rendered))
-        for start in range(0, len(rendered), at_once):
-            texts = rendered[start : start + at_once]
-            batch = tokenizer(
-                texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-            ).to(model.device)
-            ids = model.generate(
-                **batch,
-                do_sample=True,
+    with progress() as bars:
+        bar = bars.add_task(label, total=len(prompts))
+        for start in range(0, len(prompts), at_once):
+            some = prompts[start : start + at_once]
+            written = write(
+                policy,
+                some,
+                per_prompt=per_prompt,
                 temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                eos_token_id=stops,
-                pad_token_id=tokenizer.pad_token_id,
-                num_return_sequences=per_prompt,
                 max_new_tokens=real_world.MAX_NEW_TOKENS,
-            )[:, batch["input_ids"].shape[1] :]  # (B * per_prompt, T)
-            ends = torch.isin(ids, torch.tensor(stops, device=ids.device)).any(dim=1).tolist()
-            said = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            rows = [Sample(text, end) for text, end in zip(said, ends, strict=True)]
-            groups += [rows[place : place + per_prompt] for place in range(0, len(rows), per_prompt)]
-            bars.advance(bar, len(texts))
-    model.train(was_training)
+                seeds=[f"{seed} {place}" for place in range(start, start + len(some))],
+            )
+            groups += [[Sample(one.text, bool(one.finished)) for one in group] for group in written]
+            bars.advance(bar, len(some))
     return groups
 
 
