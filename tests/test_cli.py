@@ -11,6 +11,7 @@ from tiny import chat
 
 from trl_cdr import CDRConfig, DensityRatioScorer, __version__
 from trl_cdr.bench import workloads
+from trl_cdr.bench.annotate import print_annotate, run_annotate
 from trl_cdr.bench.measure import Cost, measure
 from trl_cdr.bench.memory import print_memory_costs
 from trl_cdr.bench.naive import naive_logps
@@ -219,6 +220,14 @@ def test_bench_of_memory(capsys, monkeypatch):
     assert "builds random weights" in fails(
         capsys, ["bench", "--workload", "memory", "--cdr_strong", "a", "--cdr_weak", "b"]
     )
+
+
+@pytest.mark.slow
+def test_bench_of_annotate(capsys):
+    found = run_annotate(kills=1, few=64, many=128)
+    print_annotate(found)
+    assert [(case["rows"], case["processes"]) for case in found["cases"]] == [(64, 1), (128, 1), (128, 2)]
+    assert "killed 1 times and started again: the same bytes as a run that was not" in capsys.readouterr().out
 
 
 def test_bench_arguments(capsys):

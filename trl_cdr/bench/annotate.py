@@ -51,22 +51,22 @@ class Stub:
 
 def run_annotate(*, kills: int = 10, few: int = FEW, many: int = MANY) -> dict[str, Any]:
     """
-    Annotate a few and many rows, and a few again in a run that is killed and started again.
+    Annotate a few and many rows, many by two processes, and a few again in a run that is killed and started again.
 
     Args:
         kills (`int`): How often it is killed, at random moments of its work.
         few, many (`int`): Rows.
 
     Returns:
-        `dict`: `cases` (each `rows`, `seconds`, `cpu_seconds`, `rows_per_second`, `rows_per_cpu_second`, `peak_mb`),
-            `peak_ratio` of many over few rows, `kills` (those that hit) and `is_same`: whether that run ended with the
-            bytes of one that was not killed.
+        `dict`: `cases` (each `rows`, `processes`, `seconds`, `rows_per_second`, `rows_per_cpu_second`, `peak_mb` of the
+            largest process), `peak_ratio` of many over few rows, `kills` (those that hit) and `is_same`: whether that
+            run ended with the bytes of one that was not killed.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        cases = [_measure(folder, rows) for rows in (few, many)]
+        cases = [_measure(folder, rows, processes) for rows, processes in ((few, 1), (many, 1), (many, 2))]
         hits = _run_killed(folder, few, kills=kills, seconds=cases[0]["seconds"])
-        is_same = _hash(folder / f"out-{few}") == _hash(folder / "killed")
+        is_same = _hash(folder / f"out-{few}-1") == _hash(folder / "killed")
     return {
         "cases": cases,
         "peak_ratio": cases[1]["peak_mb"] / cases[0]["peak_mb"],
@@ -77,11 +77,11 @@ def run_annotate(*, kills: int = 10, few: int = FEW, many: int = MANY) -> dict[s
 
 def print_annotate(found: dict[str, Any]) -> None:
     """Print what `run_annotate` found."""
-    table = Table("rows", "seconds", "rows/s", "rows a second of one core's time", "peak, MB")
+    table = Table("rows", "processes", "seconds", "rows/s", "rows a second of one core's time", "peak, MB")
     for case in found["cases"]:
         cells = (f"{case['seconds']:.1f}", f"{case['rows_per_second']:,.0f}")
         more = (f"{case['rows_per_cpu_second']:,.0f}", f"{case['peak_mb']:,.1f}")
-        table.add_row(f"{case['rows']:,}", *cells, *more)
+        table.add_row(f"{case['rows']:,}", str(case["processes"]), *cells, *more)
     console = Console()
     console.print(table)
     verdict = "the same bytes as" if found["is_same"] else "OTHER BYTES THAN"
@@ -89,15 +89,16 @@ def print_annotate(found: dict[str, Any]) -> None:
     console.print(f"killed {found['kills']} times and started again: {verdict} a run that was not")
 
 
-def work(rows: str, out: str) -> None:
+def work(rows: str, out: str, shard: str) -> None:
     """
     One run, in a process of its own; prints `started`, and at the end seconds and peak memory.
 
     Args:
         rows (`str`): The input's path.
         out (`str`): The output folder.
+        shard (`str`): Which share of the rows, i/n.
     """
-    arguments = AnnotateArguments(input=rows, output_dir=out, batch_size=512, shard_size=2000)
+    arguments = AnnotateArguments(input=rows, output_dir=out, batch_size=512, shard_size=2000, shard=shard)
     made = {"strong_weights": "stub", "weak_weights": "stub", "strong_dtype": "none", "weak_dtype": "none"}
     print("started", flush=True)
     started, before = time.perf_counter(), time.process_time()
@@ -116,18 +117,25 @@ def _peak_mb() -> float:
     return int(found[1]) * 1024 / _MB
 
 
-def _measure(folder: Path, rows: int) -> dict[str, Any]:
-    """One run without interruption."""
+def _measure(folder: Path, rows: int, processes: int) -> dict[str, Any]:
+    """Runs without interruption, side by side, each on its share of the rows."""
     path = folder / f"{rows}.jsonl"
     with path.open("w") as file:
         for index in range(rows):
             row = {"prompt": f"what is {index} + 1 ?", "completions": [f"it is {index + 1}", f"{index}"]}
             file.write(json.dumps(row) + "\n")
-    with _start(path, folder / f"out-{rows}") as process:
-        printed, _ = process.communicate()
-    found = json.loads(printed.splitlines()[-1])
-    rates = {"rows_per_second": rows / found["seconds"], "rows_per_cpu_second": rows / found["cpu_seconds"]}
-    return {"rows": rows, **found, **rates}
+    out = folder / f"out-{rows}-{processes}"
+    started = [_start(path, out, f"{number}/{processes}") for number in range(processes)]
+    found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
+    seconds = max(one["seconds"] for one in found)
+    return {
+        "rows": rows,
+        "processes": processes,
+        "seconds": seconds,
+        "rows_per_second": rows / seconds,
+        "rows_per_cpu_second": rows / sum(one["cpu_seconds"] for one in found),
+        "peak_mb": max(one["peak_mb"] for one in found),
+    }
 
 
 def _run_killed(folder: Path, rows: int, *, kills: int, seconds: float) -> int:
@@ -148,8 +156,8 @@ def _run_killed(folder: Path, rows: int, *, kills: int, seconds: float) -> int:
             return hits
 
 
-def _start(rows: Path, out: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", _WORK, str(rows), str(out)]
+def _start(rows: Path, out: Path, shard: str = "0/1") -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", _WORK, str(rows), str(out), shard]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=dict(os.environ))
 
 
