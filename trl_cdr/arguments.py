@@ -1,17 +1,23 @@
-"""Dataclasses of arguments -> the text of `--help`, and what to say of an argument that none of them has.
+"""Dataclasses of arguments -> the text of `--help`, and what to say of an argument that none has, or of a folder.
 
 Parses nothing; `cli` does.
 """
 
 import difflib
+import os
 import re
 import shutil
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from .errors import ConfigError
+
+DATA_HELP = "JSONL of prompt, chosen, rejected to tune the strong model on, in place of pairs of its own"
+"""Of the real model's `--data`, wherever it is an argument."""
 _COLUMN = 32
 _WIDEST = 110
 
@@ -87,6 +93,21 @@ def explain_unknown(
             hint = f"did you mean {near[0]}?"
         reasons.append(name if hint is None else f"{name} ({hint})")
     return ", ".join(reasons) or None
+
+
+def check_output(folder: str) -> None:
+    """
+    Whether a folder can be made and written, before a long run finds out.
+
+    Raises:
+        ConfigError: it can't.
+    """
+    path = Path(folder).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"output_dir is {folder!r}, and {str(existing)!r} is no folder that can be written. Pass another one."
+        )
 
 
 def _write(invocation: str, text: str, width: int) -> Iterator[str]:

@@ -3,7 +3,6 @@ runs.
 """
 
 import argparse
-import json
 import os
 import sys
 import warnings
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from . import __version__
-from .arguments import Group, explain_unknown, write_help
+from .arguments import DATA_HELP, Group, check_output, explain_unknown, write_help
 from .errors import CDRError, ConfigError
 
 _COMMANDS = {
@@ -49,7 +48,6 @@ _OFTEN = {
     "dataset_test_split": "Which split eval_strategy evaluates.",
     "dataset_streaming": "",
 }
-_DATA_HELP = "with --real: JSONL of prompt, chosen, rejected to tune the strong model on, in place of pairs of its own"
 _AUDIT_STATUS = (
     "exit status: 0 no alarm, 1 an alarm, 2 nothing that can be judged (no log, no metrics, a run too short)"
 )
@@ -103,11 +101,11 @@ def _demo(argv: list[str]) -> None:
     which.add_argument("--customize", action="store_true", help="show what criteria and exemplars do, in its place")
     which.add_argument("--real", action="store_true", help="show a real model's labels, in its place")
     parser.add_argument("--model", help="with --real: an instruct model, name or path, in place of SmolLM2-135M")
-    parser.add_argument("--data", help=_DATA_HELP)
+    parser.add_argument("--data", help=f"with --real: {DATA_HELP}")
     args = parser.parse_args(argv)
     if not args.real and (args.model or args.data):
         parser.error("--model and --data go with --real")
-    _check_output(args.output_dir)
+    check_output(args.output_dir)
 
     if args.real:
         from .demo.real import run_demo as run_real_demo
@@ -149,7 +147,7 @@ def _train(argv: list[str]) -> None:
     arguments, cdr_args, training_args, model_args, script_args = _parse(
         "train", groups, argv, examples=_TRAIN_EXAMPLES, elsewhere=elsewhere
     )
-    _check_output(training_args.output_dir)
+    check_output(training_args.output_dir)
     train(arguments, script_args=script_args, training_args=training_args, model_args=model_args, cdr_args=cdr_args)
 
 
@@ -173,7 +171,7 @@ def _evaluate(argv: list[str]) -> None:
         raise SystemExit(0 if print_selftest() else 1)
     groups = (Group("what it is evaluated on", EvaluateArguments), Group("the pair", CDRConfig))
     arguments, config = _parse("evaluate", groups, argv, examples=_EVALUATE_EXAMPLES)
-    _check_output(arguments.output_dir)
+    check_output(arguments.output_dir)
     evaluate_files(arguments, config)
 
 
@@ -182,7 +180,7 @@ def _rank_pairs(argv: list[str]) -> None:
 
     groups = (Group("what is ranked", RankArguments), Group("how all models are read", RankOptions))
     arguments, options = _parse("rank-pairs", groups, argv)
-    _check_output(arguments.output_dir)
+    check_output(arguments.output_dir)
     rank_files(arguments, options)
 
 
@@ -208,130 +206,9 @@ def _audit(argv: list[str]) -> None:
 
 
 def _bench(argv: list[str]) -> None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler reports its starts on stderr
-    args = _read_bench(argv)
+    from .cli_bench import bench
 
-    if args.workload == "real":
-        from .demo.real import run_real
-
-        _check_output(args.output_dir)
-        run_real(args.output_dir, model=args.model, data=args.data)
-        return
-
-    if args.workload == "alarms":
-        from .demo.alarms import print_alarms, run_alarms
-
-        _check_output(args.output_dir)
-        print_alarms(run_alarms(args.output_dir))
-        return
-
-    if args.workload == "gaming":
-        from .demo.gaming import print_gaming, run_gaming
-
-        gaming = run_gaming()
-        _present(gaming, print_gaming, as_json=args.json)
-        return
-
-    if args.workload == "optimum":
-        from .demo.optimum import print_optimum, run_optimum
-
-        optimum = run_optimum()
-        _present(optimum, print_optimum, as_json=args.json)
-        return
-
-    if args.workload == "annotate":
-        from .bench.annotate import print_annotate, run_annotate
-
-        annotated = run_annotate()
-        _present(annotated, print_annotate, as_json=args.json)
-        return
-
-    if args.workload == "pair_step":
-        from .bench.pair_step import print_pair_step, run_pair_step
-
-        steps = run_pair_step(
-            args.model, args.cdr_strong, dtype=args.cdr_dtype, attention=args.attention, runs=args.runs
-        )
-        _present(steps, print_pair_step, as_json=args.json)
-        return
-
-    if args.workload == "memory":
-        from .bench.memory import print_memory_costs, run_memory
-
-        costs = run_memory(args.model, dtype=args.cdr_dtype, attention=args.attention, runs=args.runs)
-        _present(costs, print_memory_costs, as_json=args.json)
-        return
-
-    if args.workload == "adapter_pair":
-        from .bench.adapter_pair import print_adapter_pair, run_adapter_pair
-
-        adapted = run_adapter_pair(
-            args.model, args.cdr_strong, dtype=args.cdr_dtype, attention=args.attention, runs=args.runs
-        )
-        _present(adapted, print_adapter_pair, as_json=args.json)
-        return
-
-    from .bench.run import load_pair, print_workload, run_workload
-
-    names = None if args.cdr_strong is None else (args.cdr_strong, args.cdr_weak)
-    pair = load_pair(args.model, names, dtype=args.cdr_dtype, attention=args.attention)
-    result = run_workload(args.workload, pair, runs=args.runs)
-    _present(result, print_workload, as_json=args.json)
-
-
-def _present(result: dict[str, Any], show: Callable[[dict[str, Any]], None], *, as_json: bool) -> None:
-    print(json.dumps(result, indent=2)) if as_json else show(result)
-
-
-def _read_bench(argv: list[str]) -> argparse.Namespace:
-    from .bench.workloads import MODELS, WORKLOADS
-
-    parser = argparse.ArgumentParser(prog="trl-cdr bench", description=_describe("bench"))
-    about = "; ".join(f"{name}: {what}" for name, (what, _) in WORKLOADS.items())
-    about += "; pair_step: forward and backward of SimPO and DPO, beside TRL's own trainers"
-    about += "; memory: a pair that stays, or sleeps between calls: peaks, and seconds to wake (with llama-8b on a GPU)"
-    about += "; adapter_pair: a base and an adapter on it, beside the same pair as two models"
-    about += "; annotate: rows a second and memory without models, and what runs end with that are killed"
-    about += "; gaming: policies trained on the plain and on gated rewards (hours)"
-    about += "; alarms: runs by which the monitor is judged, healthy and collapsing (hours; goes on where it was)"
-    about += "; optimum: what a policy converges to, by weighted samples and by training (20 minutes)"
-    about += "; real: a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)"
-    choices = [*WORKLOADS, "pair_step", "adapter_pair", "memory", "annotate", "gaming", "alarms", "optimum", "real"]
-    parser.add_argument("--workload", choices=choices, default="table", help=f"which rows ({about}); default: table")
-    parser.add_argument(
-        "--model",
-        help=f"architecture of a pair of random weights: {', '.join(MODELS)}; default: llama-58m. With --workload real "
-        "an instruct model, name or path, in place of SmolLM2-135M",
-    )
-    parser.add_argument("--data", help=_DATA_HELP.replace("--real", "--workload real"))
-    parser.add_argument(
-        "--output_dir", default="./trl-cdr-bench", help="of --workload real and alarms: folder for results"
-    )
-    parser.add_argument("--cdr_strong", help="measure this model (name or path) in place of random weights")
-    parser.add_argument("--cdr_weak", help="the weak model beside it")
-    parser.add_argument("--cdr_dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on CPU")
-    parser.add_argument("--attention", default="sdpa", help="attention implementation, such as eager; default: sdpa")
-    parser.add_argument(
-        "--runs", type=int, default=5, help="runs after the first, whose medians are printed; default: 5"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    args = parser.parse_args(argv)
-    if (args.cdr_strong is None) != (args.cdr_weak is None):
-        parser.error("--cdr_strong and --cdr_weak go together")
-    if args.runs < 1:
-        parser.error(f"--runs is {args.runs}: use 1 or more")
-    if args.workload in ("real", "alarms") and args.json:
-        parser.error(f"--json: the results of --workload {args.workload} are JSON files in --output_dir")
-    if args.workload == "real":
-        return args
-    if args.data is not None:
-        parser.error("--data goes with --workload real")
-    if args.workload == "memory" and args.cdr_strong is not None:
-        parser.error("--workload memory builds random weights: leave out --cdr_strong and --cdr_weak")
-    args.model = args.model or "llama-58m"
-    if args.model not in MODELS:
-        parser.error(f"--model is {args.model!r}: use one of {', '.join(MODELS)}")
-    return args
+    bench(argv, description=_describe("bench"))
 
 
 def _doctor(argv: list[str]) -> None:
@@ -351,7 +228,7 @@ def _parse_with_pair(command: str, title: str, kind: type, argv: list[str]) -> t
     from .config import CDRConfig
 
     arguments, config = _parse(command, (Group(title, kind), Group("the pair and its reward", CDRConfig)), argv)
-    _check_output(arguments.output_dir)
+    check_output(arguments.output_dir)
     return arguments, config
 
 
@@ -429,16 +306,6 @@ def _read_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     if not isinstance(environment, dict):
         raise ConfigError(f"--config is {name!r}, whose env is {environment!r}. Give it names with values.")
     return argv, content
-
-
-def _check_output(folder: str) -> None:
-    """Whether a folder can be made and written, before a long run finds out."""
-    path = Path(folder).absolute()
-    existing = next(place for place in (path, *path.parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"output_dir is {folder!r}, and {str(existing)!r} is no folder that can be written. Pass another one."
-        )
 
 
 def _describe(command: str) -> str:

@@ -1,0 +1,158 @@
+"""`trl-cdr bench`: which workload, of what, and how its result is shown. `bench` and `demo` measure."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from .arguments import DATA_HELP, check_output
+
+Shown = tuple[Any, Callable[[Any], None]]
+"""A result, and what prints it."""
+
+
+def bench(argv: list[str], *, description: str) -> None:
+    """
+    Run a workload and print what it measured.
+
+    Args:
+        argv (`list[str]`): The command line behind `bench`.
+        description (`str`): For `--help`.
+
+    Raises:
+        SystemExit: the arguments are wrong.
+        CDRError: see the workload.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler reports its starts on stderr
+    args = _read(argv, description)
+    _, run = _WORKLOADS.get(args.workload, ("", _rows))
+    result, show = run(args)
+    print(json.dumps(result, indent=2)) if args.json else show(result)
+
+
+def _rows(args: argparse.Namespace) -> Shown:
+    """What scoring costs, on one of `bench.workloads`."""
+    from .bench.run import load_pair, print_workload, run_workload
+
+    names = None if args.cdr_strong is None else (args.cdr_strong, args.cdr_weak)
+    pair = load_pair(args.model, names, dtype=args.cdr_dtype, attention=args.attention)
+    return run_workload(args.workload, pair, runs=args.runs), print_workload
+
+
+def _pair_step(args: argparse.Namespace) -> Shown:
+    from .bench.pair_step import print_pair_step, run_pair_step
+
+    options = {"dtype": args.cdr_dtype, "attention": args.attention, "runs": args.runs}
+    return run_pair_step(args.model, args.cdr_strong, **options), print_pair_step
+
+
+def _memory(args: argparse.Namespace) -> Shown:
+    from .bench.memory import print_memory_costs, run_memory
+
+    costs = run_memory(args.model, dtype=args.cdr_dtype, attention=args.attention, runs=args.runs)
+    return costs, print_memory_costs
+
+
+def _adapter_pair(args: argparse.Namespace) -> Shown:
+    from .bench.adapter_pair import print_adapter_pair, run_adapter_pair
+
+    options = {"dtype": args.cdr_dtype, "attention": args.attention, "runs": args.runs}
+    return run_adapter_pair(args.model, args.cdr_strong, **options), print_adapter_pair
+
+
+def _annotate(_: argparse.Namespace) -> Shown:
+    from .bench.annotate import print_annotate, run_annotate
+
+    return run_annotate(), print_annotate
+
+
+def _gaming(_: argparse.Namespace) -> Shown:
+    from .demo.gaming import print_gaming, run_gaming
+
+    return run_gaming(), print_gaming
+
+
+def _alarms(args: argparse.Namespace) -> Shown:
+    from .demo.alarms import print_alarms, run_alarms
+
+    check_output(args.output_dir)
+    return run_alarms(args.output_dir), print_alarms
+
+
+def _optimum(_: argparse.Namespace) -> Shown:
+    from .demo.optimum import print_optimum, run_optimum
+
+    return run_optimum(), print_optimum
+
+
+def _real(args: argparse.Namespace) -> Shown:
+    from .demo.real import run_real
+
+    check_output(args.output_dir)
+    return run_real(args.output_dir, model=args.model, data=args.data), lambda _: None  # it says where its results are
+
+
+# Beside those of `bench.workloads`: what they measure, and how.
+_WORKLOADS: dict[str, tuple[str, Callable[[argparse.Namespace], Shown]]] = {
+    "pair_step": ("forward and backward of SimPO and DPO, beside TRL's own trainers", _pair_step),
+    "adapter_pair": ("a base and an adapter on it, beside the same pair as two models", _adapter_pair),
+    "memory": (
+        "a pair that stays, or sleeps between calls: peaks, and seconds to wake (with llama-8b on a GPU)",
+        _memory,
+    ),
+    "annotate": ("rows a second and memory without models, and what runs end with that are killed", _annotate),
+    "gaming": ("policies trained on the plain and on gated rewards (hours)", _gaming),
+    "alarms": (
+        "runs by which the monitor is judged, healthy and collapsing (hours; goes on where it was)",
+        _alarms,
+    ),
+    "optimum": ("what a policy converges to, by weighted samples and by training (20 minutes)", _optimum),
+    "real": (
+        "a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)",
+        _real,
+    ),
+}
+
+
+def _read(argv: list[str], description: str) -> argparse.Namespace:
+    from .bench.workloads import MODELS, WORKLOADS
+
+    about = {name: what for name, (what, _) in [*WORKLOADS.items(), *_WORKLOADS.items()]}
+    named = "; ".join(f"{name}: {what}" for name, what in about.items())
+    parser = argparse.ArgumentParser(prog="trl-cdr bench", description=description)
+    parser.add_argument("--workload", choices=[*about], default="table", help=f"which rows ({named}); default: table")
+    parser.add_argument(
+        "--model",
+        help=f"architecture of a pair of random weights: {', '.join(MODELS)}; default: llama-58m. With --workload real "
+        "an instruct model, name or path, in place of SmolLM2-135M",
+    )
+    parser.add_argument("--data", help=f"with --workload real: {DATA_HELP}")
+    parser.add_argument(
+        "--output_dir", default="./trl-cdr-bench", help="of --workload real and alarms: folder for results"
+    )
+    parser.add_argument("--cdr_strong", help="measure this model (name or path) in place of random weights")
+    parser.add_argument("--cdr_weak", help="the weak model beside it")
+    parser.add_argument("--cdr_dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on CPU")
+    parser.add_argument("--attention", default="sdpa", help="attention implementation, such as eager; default: sdpa")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="runs after the first, whose medians are printed; default: 5"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    args = parser.parse_args(argv)
+    if (args.cdr_strong is None) != (args.cdr_weak is None):
+        parser.error("--cdr_strong and --cdr_weak go together")
+    if args.runs < 1:
+        parser.error(f"--runs is {args.runs}: use 1 or more")
+    if args.workload in ("real", "alarms") and args.json:
+        parser.error(f"--json: the results of --workload {args.workload} are JSON files in --output_dir")
+    if args.workload == "real":
+        return args
+    if args.data is not None:
+        parser.error("--data goes with --workload real")
+    if args.workload == "memory" and args.cdr_strong is not None:
+        parser.error("--workload memory builds random weights: leave out --cdr_strong and --cdr_weak")
+    args.model = args.model or "llama-58m"
+    if args.model not in MODELS:
+        parser.error(f"--model is {args.model!r}: use one of {', '.join(MODELS)}")
+    return args
