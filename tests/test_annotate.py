@@ -104,6 +104,7 @@ def test_the_gate_decides(run, read, monkeypatch):
     assert (row["scores"], row["rewards"]) == ([3.0, 1.0, 2.0, 2.0], [-1.0, 1.0, 2.0, 2.0])
 
 
+@pytest.mark.compat
 def test_a_policy_writes_what_is_missing(run, read, quick):
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     rows[1] = GROUPS[1]
@@ -211,6 +212,7 @@ def test_domains_of_the_router(run, read, tmp_path):
         run(GROUPS[2:], "other", cdr=cdr)
 
 
+@pytest.mark.compat
 def test_the_command(tmp_path, checkpoints, capsys, read):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, [*GROUPS, {"prompt": "a", "completions": ["b"]}])))
