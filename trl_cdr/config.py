@@ -3,14 +3,14 @@
 Neighbours: `scoring.scorer` and `training.reward` take the same options as keyword arguments without the prefix.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from .config_checks import LOCAL_ARGUMENTS, check_type, check_values, parse_mapping
 from .errors import ConfigError
 
 _PREFIX = "cdr_"
@@ -39,21 +39,7 @@ PAIR_OPTIONS = (
 
 _TYPICALITY = 1.5  # below minus this, in standard deviations per token, a completion is not typical
 
-# Of `from_pretrained`: whose machine it is and who asks, not which models.
-_LOCAL_ARGUMENTS = {"token", "cache_dir", "local_files_only"}
-# Of `from_pretrained`: weights under these can't be moved.
-_FIXED_WEIGHTS = ("quantization_config", "load_in_8bit", "load_in_4bit", "device_map")
 _SERVERS = ("vllm://", "vllm+https://")
-# Of `apply_chat_template`, and ours to set.
-_TEMPLATE_ARGUMENTS = {
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-}
 
 
 @dataclass
@@ -228,78 +214,17 @@ class CDRConfig:
     )
 
     def __post_init__(self) -> None:
-        self.cdr_model_init_kwargs = _parse_mapping("cdr_model_init_kwargs", self.cdr_model_init_kwargs)
-        self.cdr_chat_template_kwargs = _parse_mapping("cdr_chat_template_kwargs", self.cdr_chat_template_kwargs)
+        self.cdr_model_init_kwargs = parse_mapping("cdr_model_init_kwargs", self.cdr_model_init_kwargs)
+        self.cdr_chat_template_kwargs = parse_mapping("cdr_chat_template_kwargs", self.cdr_chat_template_kwargs)
         if isinstance(self.cdr_add_special_tokens, bool):  # YAML reads a bare true as a boolean
             self.cdr_add_special_tokens = "true" if self.cdr_add_special_tokens else "false"
         if isinstance(self.cdr_on_gaming, bool) and not self.cdr_on_gaming:  # and a bare off as one
             self.cdr_on_gaming = "off"
         for name, hint in get_type_hints(type(self)).items():
-            _check_type(name, getattr(self, name), hint)
-        for name in ("cdr_strong", "cdr_weak", "cdr_strong_adapter", "cdr_weak_adapter", "cdr_device"):
-            if getattr(self, name) is not None and not getattr(self, name).strip():
-                raise ConfigError(f"{name} is empty. Give a name or a path.")
-        for name in ("cdr_strong_adapter", "cdr_weak_adapter"):
-            revision = getattr(self, f"{name}_revision")
-            if revision is not None and getattr(self, name) is None:
-                raise ConfigError(
-                    f"{name}_revision is {revision!r} and {name} is missing. Pass the adapter; of one that stands in "
-                    f"the place of its model the revision is {name.removesuffix('_adapter')}_revision."
-                )
-        if self.cdr_share_policy and self.cdr_offload != "none":
-            raise ConfigError(
-                f"cdr_share_policy is set and cdr_offload is {self.cdr_offload!r}: the pair stands on weights that the "
-                "policy trains on, and those stay where they are. Leave out one of the two."
-            )
-        if self.cdr_share_policy and self.cdr_replicas != "rank":
-            raise ConfigError(
-                f"cdr_share_policy is set and cdr_replicas is {self.cdr_replicas!r}: the pair stands on the policy's "
-                "base, which is in every process. Leave out one of the two."
-            )
-        if not self.cdr_name.isidentifier():
-            raise ConfigError(
-                f"cdr_name is {self.cdr_name!r}: it becomes part of a function's name. Use letters, digits and _."
-            )
-        if self.cdr_token_budget < 1:
-            raise ConfigError(f"cdr_token_budget is {self.cdr_token_budget}: it counts tokens. Use 1 or more.")
-        if self.cdr_prefix_cache_tokens < 0:
-            raise ConfigError(
-                f"cdr_prefix_cache_tokens is {self.cdr_prefix_cache_tokens}: it counts tokens. Use 0 or more."
-            )
-        fixed = [name for name in _FIXED_WEIGHTS if name in (self.cdr_model_init_kwargs or {})]
-        if self.cdr_offload != "none" and fixed:
-            raise ConfigError(
-                f"cdr_offload is {self.cdr_offload!r}, and cdr_model_init_kwargs has {fixed[0]!r}: weights that are "
-                "quantised or spread over devices can't be moved. Leave out one of the two."
-            )
+            check_type(name, getattr(self, name), hint)
         if self.cdr_typicality is not None:
             self._read_typicality(self.cdr_typicality)
-        self._check_served()
-        if self.cdr_num_exemplars < 0:
-            raise ConfigError(f"cdr_num_exemplars is {self.cdr_num_exemplars}: it counts exemplars. Use 0 or more.")
-        if self.cdr_criteria is None:
-            for name in ("cdr_domain", "cdr_router"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(
-                        f"{name} is {getattr(self, name)!r} and cdr_criteria is missing: a domain selects criteria. "
-                        f"Pass cdr_criteria, or leave {name} out."
-                    )
-        if self.cdr_max_length is not None and self.cdr_max_length < 2:
-            raise ConfigError(
-                f"cdr_max_length is {self.cdr_max_length}: a row has at least one prompt and one completion token. "
-                "Use 2 or more, or leave it out for the model's number of positions."
-            )
-        reserved = sorted(_TEMPLATE_ARGUMENTS & set(self.cdr_chat_template_kwargs or {}))
-        if reserved:
-            raise ConfigError(
-                f"cdr_chat_template_kwargs has {reserved[0]!r}, which is not the template's to read: rendering sets it "
-                "itself. Leave it out."
-            )
-        if self.cdr_chat_template is not None and not Path(self.cdr_chat_template).is_file():
-            raise ConfigError(
-                f"cdr_chat_template is {self.cdr_chat_template!r}, and no such file exists. Give the path of a file "
-                "that holds a Jinja chat template."
-            )
+        check_values(self)
 
     @property
     def typicality_bound(self) -> float:
@@ -310,42 +235,6 @@ class CDRConfig:
     def served(self) -> list[str]:
         """Those of strong and weak that are on servers."""
         return [role for role in ("strong", "weak") if is_served(getattr(self, f"cdr_{role}"))]
-
-    def _check_served(self) -> None:
-        """What can't be asked of a model that is on a server."""
-        served = self.served
-        for role in served:
-            for name in (f"cdr_{role}_revision", f"cdr_{role}_adapter"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(
-                        f"{name} is {getattr(self, name)!r}, and cdr_{role} is on a server, which serves what it was "
-                        f"started with. Leave it out, and start the server with it (--revision, --lora-modules)."
-                    )
-        if served and self.cdr_share_policy:
-            raise ConfigError(
-                f"cdr_share_policy is set, and cdr_{served[0]} is on a server: the policy's base is here. Leave out "
-                "cdr_share_policy, or name the base."
-            )
-        if "strong" in served and self.cdr_gate != "none":
-            raise ConfigError(
-                f"cdr_gate is {self.cdr_gate!r} (where it is left out, too), and cdr_strong is on a server: the gate "
-                "needs the strong model's whole distribution at every token, and a server gives the log-probabilities "
-                "of the tokens alone. Write cdr_gate='none', the paper's plain ratio, and watch the run; or load "
-                "strong here, beside which weak may stay on its server."
-            )
-        if len(served) == 2:
-            for name in ("cdr_dtype", "cdr_device", "cdr_offload"):
-                if getattr(self, name) != getattr(CDRConfig, name):
-                    raise ConfigError(
-                        f"{name} is {getattr(self, name)!r}, and strong and weak are on servers: nothing of them is "
-                        f"here. Leave it out, and start the servers as they are to run (--dtype)."
-                    )
-            others = sorted(set(self.cdr_model_init_kwargs or {}) - _LOCAL_ARGUMENTS)
-            if others:
-                raise ConfigError(
-                    f"cdr_model_init_kwargs has {others[0]!r}, and strong and weak are on servers: only their "
-                    "tokenizers are loaded here. Leave it out, and start the servers as they are to run."
-                )
 
     def _read_typicality(self, bound: float) -> None:
         """What `cdr_typicality` says of the gate: drop it with the next release."""
@@ -428,7 +317,7 @@ def shareable_options(config: CDRConfig | Mapping[str, Any]) -> dict[str, Any]:
     shared: dict[str, Any] = _as_json(config if isinstance(config, Mapping) else vars(config))
     kwargs = shared.get("cdr_model_init_kwargs")
     if isinstance(kwargs, dict):
-        kept = {name: value for name, value in kwargs.items() if name not in _LOCAL_ARGUMENTS}
+        kept = {name: value for name, value in kwargs.items() if name not in LOCAL_ARGUMENTS}
         shared["cdr_model_init_kwargs"] = kept or None
     return shared
 
@@ -446,29 +335,3 @@ def _as_json(value: Any) -> Any:
     if value is None or isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     return str(value)
-
-
-def _parse_mapping(name: str, value: Any) -> Any:
-    """A JSON string becomes the mapping that it spells; everything else stays, to be checked by type."""
-    if not isinstance(value, str):
-        return value
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name} is {value!r}, which is no JSON ({error}). Write a JSON object.") from None
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"{name} is {value!r}: it must spell a JSON object, such as '{{\"key\": 1}}'.")
-    return parsed
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    choices = get_args(hint)
-    if choices and isinstance(choices[0], str):  # Literal
-        if value not in choices:
-            raise ConfigError(f"{name} is {value!r}. Use one of: {', '.join(choices)}.")
-        return
-    kinds = tuple(kind if isinstance(kind, type) else dict for kind in choices) or (hint,)
-    is_bool = isinstance(value, bool)
-    if not isinstance(value, (*kinds, int) if float in kinds else kinds) or is_bool != (hint is bool):
-        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}). It takes {wanted}.")
