@@ -97,7 +97,7 @@ def said(text):
 
 
 def few(monkeypatch, count):
-    for name in ("TRAIN", "HELD_OUT", "HELD_OUT_AGAIN", "HELD_OUT_UNSEEN"):
+    for name in ("TRAIN", "HELD_OUT", "HELD_OUT_AGAIN", "HELD_OUT_MORE", "HELD_OUT_UNSEEN"):
         monkeypatch.setattr(real_world, name, getattr(real_world, name)[:count])
 
 

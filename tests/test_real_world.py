@@ -6,6 +6,7 @@ from trl_cdr.demo import real_world
 from trl_cdr.demo.real_world import (
     HELD_OUT,
     HELD_OUT_AGAIN,
+    HELD_OUT_MORE,
     HELD_OUT_UNSEEN,
     SEEN,
     TOPICS,
@@ -26,10 +27,10 @@ def test_topics_and_kinds_are_split():
     assert len(set(TOPICS)) == len(TOPICS) == 96
     assert len(SEEN) == len(UNSEEN) == 6
     assert not {kind.name for kind in SEEN} & {kind.name for kind in UNSEEN}
-    held_out = (*HELD_OUT, *HELD_OUT_AGAIN, *HELD_OUT_UNSEEN)
+    held_out = (*HELD_OUT, *HELD_OUT_AGAIN, *HELD_OUT_MORE, *HELD_OUT_UNSEEN)
     assert not {task.topic for task in TRAIN} & {task.topic for task in held_out}
     assert (len(TRAIN), len(HELD_OUT), len(HELD_OUT_AGAIN)) == (72 * (6 + 5), 24 * 6, 24 * 5)
-    assert len(HELD_OUT_UNSEEN) == 24 * 6
+    assert (len(HELD_OUT_MORE), len(HELD_OUT_UNSEEN)) == (32 * (6 + 5), 24 * 6)
     requests = [task.request for task in (*TRAIN, *held_out)]
     assert len(set(requests)) == len(requests)
 

@@ -113,7 +113,9 @@ class Lab:
     def labels(self) -> dict[str, Any]:
         """See `real_labels.measure_labels`; for seen and unseen kinds."""
         scorer = self._scorer(gate="surprise")
-        seen = {"seen": real_world.HELD_OUT} | ({"again": real_world.HELD_OUT_AGAIN} if self._again else {})
+        seen = {"seen": real_world.HELD_OUT}
+        if self._again:
+            seen |= {"again": real_world.HELD_OUT_AGAIN, "more": real_world.HELD_OUT_MORE}
         return {
             "seen": self._labels(scorer, "seen", seen),
             "unseen": self._labels(scorer, "unseen", {"unseen": real_world.HELD_OUT_UNSEEN[: self._unseen]}),

@@ -27,6 +27,12 @@ TOPICS = (
     "glaciers", "waterfalls", "parrots", "camels", "lizards", "sharks", "frogs", "tunnels",
 )  # fmt: skip
 
+_MORE_TOPICS = (
+    "ducks", "foxes", "wolves", "bears", "lions", "tigers", "goats", "eagles", "snakes", "butterflies", "peaches",
+    "cherries", "pumpkins", "tea", "sugar", "butter", "pepper", "storms", "hills", "valleys", "beaches", "swamps",
+    "houses", "towers", "doors", "windows", "carpets", "baskets", "hammers", "needles", "boats", "buses",
+)  # fmt: skip
+
 MAX_NEW_TOKENS = 48
 """Where a completion is cut off. Nine of ten end before."""
 
@@ -157,10 +163,12 @@ HELD_OUT = _tasks(_split(held_out=True), SEEN)
 """24 topics that are not trained on x the same kinds."""
 HELD_OUT_AGAIN = _tasks(_split(held_out=True), SEEN, turns=(1,))
 """The same topics and kinds with other values: 120 more."""
+HELD_OUT_MORE = _tasks(list(_MORE_TOPICS), SEEN, turns=(0, 1))
+"""32 other topics x the same kinds, in two turns: 352 more."""
 HELD_OUT_UNSEEN = _tasks(_split(held_out=True), UNSEEN)
 """The same topics x 6 kinds that are not trained on either."""
 
-_BY_REQUEST = {task.request: task for task in (*TRAIN, *HELD_OUT, *HELD_OUT_AGAIN, *HELD_OUT_UNSEEN)}
+_BY_REQUEST = {task.request: task for task in (*TRAIN, *HELD_OUT, *HELD_OUT_AGAIN, *HELD_OUT_MORE, *HELD_OUT_UNSEEN)}
 
 
 def gold_of_prompt(prompt: list[Message], text: str, finished: bool) -> float:
