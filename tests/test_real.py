@@ -129,7 +129,7 @@ def test_each_policy_is_trained_on_its_reward(lab, monkeypatch):
     monkeypatch.setattr(real_training, "evaluate_start", lambda *_, **__: {"held_out": []})
     lab.training()
     assert {*rewards} == {
-        (loop, reward, seed) for loop in real_training.LOOPS for reward in real.REWARDS for seed in real.SEEDS
+        (loop, reward, seed) for loop in real_training.LOOPS for reward, seeds in real.REWARDS.items() for seed in seeds
     }
     for (_, name, _), reward in rewards.items():
         if name in ("gold", "random"):

@@ -83,6 +83,7 @@ def draw_labels(labels: Mapping[str, Mapping[str, Any]], judges: Mapping[str, st
 _REWARDS = {  # as `real.REWARDS`: label, colour
     "gold": ("gold itself", "#D55E00"),
     "surprise": ("the pair, gate surprise", "#0072B2"),
+    "typicality": ("the pair, gate typicality", "#009E73"),
     "none": ("the pair, no gate", "#56B4E9"),
     "random": ("random", "#666666"),
 }

@@ -28,8 +28,8 @@ from .smollm import build_smollm
 from .story import Reward, random_reward, versions
 
 SEEDS = (0, 1)
-REWARDS = ("surprise", "gold", "random", "none")
-"""The pair's reward behind a gate, gold itself (the upper bound), and a control."""
+REWARDS = {"surprise": SEEDS, "gold": SEEDS, "random": SEEDS, "none": SEEDS, "typicality": SEEDS[:1]}
+"""The pair's reward behind a gate, gold itself (the upper bound), and a control, each with its seeds."""
 # Tasks that strong is tuned on, held-out tasks of unseen kinds (of every kind alike), completions to a held-out task.
 _DEMO: dict[str, Any] = {"tasks": 228, "unseen": 48, "samples": 3}
 _WHOLE: dict[str, Any] = {
@@ -178,9 +178,9 @@ class Lab:
         """By loop, reward and seed; see `real_training.train_policy`. `start` is the policy before training."""
         start = partial(real_training.evaluate_start, self.weak, seeds=SEEDS)
         found = {"start": self.parts.run("train-start", start)}
-        for seed in SEEDS:
-            for loop in real_training.LOOPS:
-                for reward in REWARDS:
+        for loop in real_training.LOOPS:
+            for reward, seeds in REWARDS.items():
+                for seed in seeds:
                     name = f"train-{loop}-{reward}-{seed}"
                     found[name] = self.parts.run(name, partial(self._train, loop, reward, seed))
         return found
@@ -286,7 +286,10 @@ def _curves(training: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
     """By loop and reward, the curve of each seed."""
     loops = {"online_dpo": "online DPO", "online_preference": "ours, SimPO"}
     return {
-        label: {reward: [training[f"train-{loop}-{reward}-{seed}"]["curve"] for seed in SEEDS] for reward in REWARDS}
+        label: {
+            reward: [training[f"train-{loop}-{reward}-{seed}"]["curve"] for seed in seeds]
+            for reward, seeds in REWARDS.items()
+        }
         for loop, label in loops.items()
     }
 
@@ -349,8 +352,8 @@ def _print_training(training: dict[str, Any]) -> None:
     rows += [
         [f"{loop}, {reward}", str(seed), *cells(training[f"train-{loop}-{reward}-{seed}"]["held_out"])]
         for loop in real_training.LOOPS
-        for reward in REWARDS
-        for seed in SEEDS
+        for reward, seeds in REWARDS.items()
+        for seed in seeds
     ]
     _print_table(["policy", "seed", "gold, seen", "unseen", "words", "repeats", "finished"], rows)
 
