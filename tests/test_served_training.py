@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import waiting
 import yaml
 from datasets import Dataset
 from tiny import TRAINING, llama
@@ -111,3 +112,8 @@ def test_from_yaml(tmp_path, addresses, checkpoints, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", str(tmp_path / "run.yaml")])
     assert "Write cdr_gate='none'" in capsys.readouterr().err
+
+
+def test_what_awaiting_saves_can_be_measured(capsys):
+    waiting.main(0.0, 1)
+    assert capsys.readouterr().out.count(" s\n") == 7
