@@ -19,6 +19,7 @@ FLOORS = {
     "training": 4,
     "annotation": 4,
     "demo": 5,
+    "rounds": 5,
     "bench": 5,
     "doctor": 5,
     "arguments": 5,
@@ -27,8 +28,8 @@ FLOORS = {
 }
 # Third-party modules and the rooms that may import them; what is not listed is free.
 ROOMS = {
-    "trl": {"training", "cli", "demo", "bench", "_compat"},
-    "datasets": {"training", "annotation", "demo", "bench", "cli"},
+    "trl": {"training", "cli", "demo", "rounds", "bench", "_compat"},
+    "datasets": {"training", "annotation", "demo", "rounds", "bench", "cli"},
 }
 NO_TORCH = {"errors", "config", "conditioning"}
 
