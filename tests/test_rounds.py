@@ -2,14 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import Dataset
+from ranks import Run, launch
 from safetensors.torch import load_file
 from tiny import TRAINING, chat
 from transformers import AutoTokenizer, TrainerState
@@ -165,7 +165,7 @@ def stop_at(monkeypatch, owner, name, call, *, after=False):
 
 
 def test_a_stopped_run_ends_as_one_that_was_not(options, whole, tmp_path, monkeypatch, capsys):
-    """Stopped in the first round's completions, while a checkpoint is saved, between the rounds, and in the second's."""
+    """Stopped in the first completions, while a checkpoint is saved, between the rounds, and in the second's."""
     options = {**options, "output_dir": str(tmp_path / "out")}
     for owner, name, call, after in (
         (annotate, "label_rows", 2, False),
@@ -185,7 +185,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(options, whole, tmp_path, monkey
 
 
 def test_what_is_done_is_taken_as_it_is(options, whole, monkeypatch, capsys):
-    monkeypatch.setattr(annotate, "label_rows", None)
+    monkeypatch.setattr(module, "run", None)
     monkeypatch.setattr(module, "train_round", None)
     before = results(whole)
     run(options)
@@ -383,3 +383,25 @@ def test_lora(trainer, options, tmp_path):
         if trainer == "dpo":
             log = json.loads((place / "training" / "trainer_state.json").read_text())["log_history"]
             assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_and_two_processes(options, whole, tmp_path):
+    """What was killed five times ends with the pairs and weights of what was not; so do two processes, but rounding."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(options))
+    halves = tmp_path / "halves.yaml"
+    halves.write_text(yaml.safe_dump({**options, "per_device_train_batch_size": 1}))
+    killed, shared = (
+        Run("ranks_rounds.py", [str(path), str(tmp_path / out)], processes)
+        for path, out, processes in ((config, "killed", 1), (halves, "shared", 2))
+    )
+    [[signals], _] = launch(killed, shared)
+    assert signals == [signal.SIGKILL] * 5
+    assert results(tmp_path / "killed") == results(whole)
+    assert pairs(tmp_path / "shared", 1) == pairs(whole, 1)
+    assert len(pairs(tmp_path / "shared", 2)) == len(pairs(whole, 2))
+    found, expected = (
+        load_file(folder / "round-1" / "policy" / "model.safetensors") for folder in (tmp_path / "shared", whole)
+    )
+    assert all(found[name].allclose(expected[name], atol=1e-3) for name in expected)

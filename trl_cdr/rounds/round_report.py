@@ -35,20 +35,15 @@ def show_rounds(rounds: Sequence[Mapping[str, Any]], policy: Path) -> None:
         rounds (`Sequence[Mapping]`): What `describe_round` says of each.
         policy (`Path`): Where the last policy is.
     """
-    table = Table("round", "rows", "reward", "pairs", "ties", "gated", "margin", "tokens", "longer", "loss", "prefers")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("round", "rows", "reward", "pairs", "ties", "gated", "margin", "tokens", "loss"):
+        table.add_column(heading, justify="right")
     for one in rounds:
         lengths = f"{one['chosen_tokens']:.1f} / {one['rejected_tokens']:.1f}"
         cells = [f"{one['rows']:,}", f"{one['reward']:+.2f}", f"{one['pairs']:,}", f"{one['ties']:,}"]
-        cells += [f"{one['gated']:.1%}", f"{one['margin']:+.2f}", lengths, f"{one['longer_chosen']:.0%}"]
-        table.add_row(str(one["round"]), *cells, _number(one["loss"], ".3f"), _number(one["accuracy"], ".0%"))
+        cells += [f"{one['gated']:.1%}", f"{one['margin']:+.2f}", lengths]
+        table.add_row(str(one["round"]), *cells, "-" if one["loss"] is None else f"{one['loss']:.3f}")
     Console().print(table, markup=False)
-    print(
-        "reward: mean of all completions, by the policy that the round found, nats; margin: mean of the pairs', nats; "
-        "tokens: means of chosen / rejected; longer: how often the chosen is; loss: mean of the round; prefers: how "
-        "often the policy prefers the chosen, in the last log"
-    )
+    print("reward: mean of all completions, by the policy that the round found; margin: mean of the pairs; nats")
+    print("tokens: means of chosen / rejected; loss: mean of the round's training")
     print(f"policy  {policy}")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
