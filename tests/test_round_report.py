@@ -17,3 +17,12 @@ def test_a_round_in_a_line(capsys):
     row = ["1", "20,000", "-1.25", "19,000", "7", "12.5%", "+12.50", "300.2", "/", "280.0", "0.500"]
     assert [line.split() for line in lines[1:3]] == [row, ["2", *row[1:-1], "-"]]  # whole, in 80 columns
     assert lines[-1] == "policy  out/round-2/policy"
+
+
+def test_what_is_held_out(capsys):
+    log = {"steps": 5, "loss": 0.5}
+    show_rounds([describe_round(1, PAIRS, log, held_out={**PAIRS, "reward": 2.5})], Path("p"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("held out")
+    assert lines[1].endswith(" +2.50")
+    assert max(map(len, lines[:2])) <= 80

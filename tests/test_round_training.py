@@ -7,7 +7,7 @@ from datasets import Dataset
 from tiny import BRACKETS, CHATML, answer, byte_tokenizer, chat
 
 from trl_cdr import ConfigError
-from trl_cdr.rounds.round_training import load_pairs, load_policy_tokenizer, read_log
+from trl_cdr.rounds.round_training import PAIRS, load_pairs, load_policy_tokenizer, read_log
 
 
 def test_the_log(tmp_path):
@@ -19,17 +19,20 @@ def test_the_log(tmp_path):
         (tmp_path / "training" / "trainer_state.json").write_text(json.dumps(state))
         return read_log(tmp_path)
 
-    assert read(*history) == {"steps": 4, "loss": 0.75, "accuracy": 0.75}
-    assert read() == {"steps": 4, "loss": 0.125, "accuracy": None}
+    nothing = dict.fromkeys(("accuracy", "eval_loss", "eval_accuracy"))
+    assert read(*history) == {**nothing, "steps": 4, "loss": 0.75, "accuracy": 0.75}
+    assert read() == {**nothing, "steps": 4, "loss": 0.125}
+    found = read(*history, *({"eval_loss": loss, "eval_rewards/accuracies": loss / 2} for loss in (0.5, 0.25)))
+    assert (found["eval_loss"], found["eval_accuracy"]) == (0.25, 0.125)
 
 
 def test_pairs_with_the_template_s_variables(tmp_path):
     row = {"prompt": chat("hello"), "chosen": answer("a"), "rejected": answer("b"), "margin": 1.0}
     (tmp_path / "pairs").mkdir()
     Dataset.from_list([row] * 2).to_parquet(tmp_path / "pairs" / "train.parquet")
-    assert load_pairs(tmp_path).column_names == ["prompt", "chosen", "rejected"]
+    assert load_pairs(tmp_path, PAIRS).column_names == ["prompt", "chosen", "rejected"]
     given = {"enable_thinking": False}
-    assert load_pairs(tmp_path, given)[1] == {
+    assert load_pairs(tmp_path, PAIRS, given)[1] == {
         "prompt": chat("hello"),
         "chosen": answer("a"),
         "rejected": answer("b"),

@@ -81,9 +81,9 @@ def refused(capsys):
     return refused
 
 
-def pairs(folder, number):
+def pairs(folder, number, name="pairs"):
     """What a round trained on."""
-    files = sorted(folder.glob(f"round-{number}/pairs/data/*"))
+    files = sorted(folder.glob(f"round-{number}/{name}/data/*"))
     return [row for path in files for row in pq.read_table(path).to_pylist()]
 
 
@@ -239,15 +239,19 @@ def test_dpo_with_all_prompts_in_python(options, checkpoints, quick, tmp_path):
     names = ("num_generations", "max_completion_length", "shard_size", "batch_size")
     training = {name: options[name] for name in (*TRAINING, "per_device_train_batch_size", "logging_steps")}
 
+    rows = Dataset.from_list([{"prompt": chat(prompt)} for prompt in PROMPTS])
+
     def train(count):
-        arguments = RoundsArguments(num_rounds=count, round_prompts="all", trainer="dpo")
+        arguments = RoundsArguments(num_rounds=count, round_prompts="all", trainer="dpo", eval_split="test")
         return run_rounds(
             arguments,
             pairs_args=PairsArguments("mine", **{name: options[name] for name in names}),
-            training_args=arguments.config_class(str(tmp_path / "out"), learning_rate=1e-3, **training),
+            training_args=arguments.config_class(
+                str(tmp_path / "out"), learning_rate=1e-3, eval_strategy="epoch", save_strategy="no", **training
+            ),
             model_args=ModelConfig(str(policy)),
             cdr_args=CDRConfig(checkpoints["strong"], checkpoints["weak"], cdr_gate="none"),
-            data=Dataset.from_list([{"prompt": chat(prompt)} for prompt in PROMPTS[:4]]),
+            data={"train": rows.select(range(4)), "test": rows.select(range(4, 6))},
         )
 
     first = train(1)
@@ -256,6 +260,12 @@ def test_dpo_with_all_prompts_in_python(options, checkpoints, quick, tmp_path):
     assert (tmp_path / "out" / "round-1" / "policy" / "model.safetensors").stat().st_mtime_ns == stamp
     assert second["rounds"][:1] == first["rounds"]
     assert [one["rows"] for one in second["rounds"]] == [4, 4]
+    for number, one in enumerate(second["rounds"], start=1):
+        held_out = pairs(tmp_path / "out", number, "eval-pairs")
+        assert [row["prompt"] for row in held_out] == rows["prompt"][4:6]
+        assert one["eval_reward"] == pytest.approx(sum(reward for row in held_out for reward in row["rewards"]) / 6)
+        assert one["eval_loss"] > 0
+        assert 0 <= one["eval_accuracy"] <= 1
     draws = [[row["scores"] for row in pairs(tmp_path / "out", number)] for number in (1, 2)]
     assert draws[0] != draws[1]
     assert AutoTokenizer.from_pretrained(second["policy"]).chat_template == template
@@ -270,8 +280,7 @@ def test_a_round_without_a_pair(options, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(module, "train_round", None)
     err = refused({**options, "output_dir": str(tmp_path / "out"), "min_margin": 1e6})
     assert (
-        "round 1 has no pair to train on, of 4 prompts (min_margin: 4). Use a smaller min_margin (it is 1000000.0)"
-        in err
+        "round 1 has no pair in pairs, of 4 prompts (min_margin: 4). Use a smaller min_margin (it is 1000000.0)" in err
     )
 
 
@@ -298,7 +307,8 @@ def test_a_round_without_a_pair(options, tmp_path, refused, monkeypatch):
         ),
         ({"num_generations": 1}, "num_generations is 1: a pair needs two"),
         ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"eval_strategy": "epoch"}, "eval_strategy is 'epoch', and there are no pairs to evaluate"),
+        ({"eval_strategy": "epoch"}, "eval_strategy is 'epoch', and eval_split is missing"),
+        ({"eval_split": "test"}, "eval_split is 'test', and split is 'train': of "),
         ({"cdr_share_policy": True}, "cdr_share_policy is set, and the pair labels when no policy is in training"),
         ({"input": "no/such.jsonl"}, "input is 'no/such.jsonl', which can't be read"),
         ({"output_dir": f"{__file__}/out"}, "test_rounds.py' is no folder that can be written"),

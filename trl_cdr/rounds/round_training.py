@@ -25,7 +25,8 @@ from ..scoring.loading import hub_kwargs, load_model
 from ..training.train import find_checkpoint, policy_init_kwargs
 from .rounds_arguments import RoundsArguments
 
-POLICY, TRAINING, PAIRS = "policy", "training", "pairs"
+POLICY, TRAINING, PAIRS, EVAL_PAIRS = "policy", "training", "pairs", "eval-pairs"
+_CACHE = ".cache"  # of the pairs as arrays, and of their tokens
 
 
 def train_round(
@@ -70,13 +71,15 @@ def train_round(
     kwargs = dict(args.model_init_kwargs)
     tokenizer = load_policy_tokenizer(policy, kwargs, chat_template)
     with args.main_process_first(desc="load the pairs"):
-        pairs = load_pairs(folder, chat_template_kwargs)
+        names = [PAIRS, *([] if args.eval_strategy == "no" else [EVAL_PAIRS])]
+        pairs = [load_pairs(folder, name, chat_template_kwargs) for name in names]
     set_seed(seed)  # TRL 1.0 draws an adapter's first weights before it sets one; drop with the floor
     try:
         trainer = arguments.trainer_class(
             model=policy,
             args=args,
-            train_dataset=pairs,
+            train_dataset=pairs[0],
+            eval_dataset=pairs[1] if len(pairs) > 1 else None,
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
         )
@@ -98,6 +101,7 @@ def train_round(
             _save_merged(policy, folder / TRAINING, partial, kwargs)
             tokenizer.save_pretrained(partial)
         partial.replace(folder / POLICY)
+        shutil.rmtree(folder / TRAINING / _CACHE, ignore_errors=True)
     state.wait_for_everyone()
 
 
@@ -129,16 +133,16 @@ def load_policy_tokenizer(
     return tokenizer
 
 
-def load_pairs(folder: Path, chat_template_kwargs: Mapping[str, Any] | None = None) -> Dataset:
+def load_pairs(folder: Path, name: str, chat_template_kwargs: Mapping[str, Any] | None = None) -> Dataset:
     """
     A round's pairs as TRL's trainers take them: `prompt`, `chosen`, `rejected`, and the template's variables.
 
     Args:
         folder (`Path`): The round's.
+        name (`str`): `PAIRS` or `EVAL_PAIRS`.
         chat_template_kwargs (`Mapping`, *optional*): Such as `{"enable_thinking": False}`.
     """
-    cache = folder / TRAINING / ".cache"
-    pairs = load_dataset(str(folder / PAIRS), split="train", cache_dir=str(cache))
+    pairs = load_dataset(str(folder / name), split="train", cache_dir=str(folder / TRAINING / _CACHE))
     pairs = pairs.select_columns(["prompt", "chosen", "rejected"])
     if chat_template_kwargs:
         pairs = pairs.add_column("chat_template_kwargs", [dict(chat_template_kwargs)] * len(pairs))
@@ -154,17 +158,19 @@ def read_log(folder: Path) -> dict[str, Any]:
 
     Returns:
         `dict`: `steps`; `loss`, the mean of all logs; `accuracy`, the last log's share of pairs whose chosen completion
-        the policy prefers. `None` where nothing was logged.
+        the policy prefers; `eval_loss` and `eval_accuracy` of the last evaluation. `None` where nothing was logged.
     """
     state = json.loads((folder / TRAINING / "trainer_state.json").read_bytes())
     history = state["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     losses = losses or [entry["train_loss"] for entry in history if "train_loss" in entry]
-    accuracies = [entry["rewards/accuracies"] for entry in history if "rewards/accuracies" in entry]
+    last = {name: value for entry in history for name, value in entry.items()}
     return {
         "steps": state["global_step"],
         "loss": sum(losses) / len(losses) if losses else None,
-        "accuracy": accuracies[-1] if accuracies else None,
+        "accuracy": last.get("rewards/accuracies"),
+        "eval_loss": last.get("eval_loss"),
+        "eval_accuracy": last.get("eval_rewards/accuracies"),
     }
 
 

@@ -5,7 +5,9 @@ them, and again.
 after what, and what of it is there already.
 
     options.json  summary.json
-    round-1/pairs/  round-1/training/  round-1/policy/      what `annotate` writes; TRL's own; the model
+    round-1/pairs/      what `annotate` writes; and eval-pairs/, of prompts that are held out
+    round-1/training/   TRL's: checkpoints and log
+    round-1/policy/     the model
     round-2/...
 
 A round is over when its `policy` is there, which takes its name as a whole; within a round, whole shards of pairs and
@@ -35,7 +37,7 @@ from ..scoring.pair_loading import find_template
 from ..scoring.scorer import DensityRatioScorer
 from ..training.train import check_models, policy_init_kwargs, say
 from .round_report import describe_round, show_rounds
-from .round_training import PAIRS, POLICY, free_memory, load_policy_tokenizer, read_log, train_round
+from .round_training import EVAL_PAIRS, PAIRS, POLICY, free_memory, load_policy_tokenizer, read_log, train_round
 from .rounds_arguments import PairsArguments, RoundsArguments, arguments_of_a_round, known_losses
 
 # Of a trainer's arguments: where to, how often it says something, with what and on whose machine. All others decide on
@@ -57,7 +59,7 @@ def run_rounds(
     training_args: Any,
     model_args: ModelConfig,
     cdr_args: CDRConfig,
-    data: Dataset | None = None,
+    data: Dataset | Mapping[str, Dataset] | None = None,
 ) -> dict[str, Any]:
     """
     Train a policy in rounds: each has the policy of the round before write `num_generations` completions to every
@@ -74,7 +76,8 @@ def run_rounds(
         training_args (`TrainingArguments`): An `arguments.config_class`; `output_dir` is the folder of all rounds.
         model_args (`ModelConfig`): The policy to begin with, its adapters and its quantisation in training.
         cdr_args (`CDRConfig`): The pair and its options.
-        data (`Dataset`, *optional*): Prompts from memory in place of `pairs_args.input`, which is then their name.
+        data (`Dataset`, *optional*): Prompts from memory, or splits by name, in place of `pairs_args.input`, which is
+            then their name.
 
     Returns:
         `dict`: what `summary.json` holds: `rounds`, see `describe_round`, and `policy`, the folder of the last one.
@@ -94,9 +97,28 @@ def run_rounds(
     source = open_input(pairs_args, data)
     scorer = DensityRatioScorer.from_config(cdr_args, training_args)
     check_router(scorer, source)
-    _check_rows(source, arguments, pairs_args)
+    _check_rows(source, arguments.share, pairs_args)
+    held_out = None
+    if arguments.eval_split is not None:
+        held_out = open_input(replace(pairs_args, split=arguments.eval_split), data)
+        if held_out.fingerprint == source.fingerprint:  # a single file has no splits
+            raise ConfigError(
+                f"eval_split is {arguments.eval_split!r}, and split is {pairs_args.split!r}: of {source.name!r} they "
+                "are the same rows. Give a folder with a file for each, and see that the two differ."
+            )
+        _check_rows(held_out, 1, pairs_args)
     state = PartialState()
-    rounds = _Rounds(arguments, pairs_args, training_args, model_args, scorer, source, template, known_options(scorer))
+    rounds = _Rounds(
+        arguments,
+        pairs_args,
+        training_args,
+        model_args,
+        scorer=scorer,
+        source=source,
+        held_out=held_out,
+        chat_template=template,
+        known=known_options(scorer),
+    )
     options = rounds.options(state.num_processes)
     _check_folder(rounds.folder, options)
     with hold(rounds.folder, f"-rounds-{state.process_index}"):
@@ -105,11 +127,12 @@ def run_rounds(
                 write_json(rounds.folder / OPTIONS, options)
         state.wait_for_everyone()
         described = [rounds.run(number) for number in range(1, arguments.num_rounds + 1)]
-        summary = {"rounds": described, "policy": rounds.policy(arguments.num_rounds + 1)}
+        policy = rounds.policy(arguments.num_rounds + 1)
+        summary = {"rounds": described, "policy": policy}
         if state.is_main_process:
             with writing(rounds.folder):
                 write_json(rounds.folder / SUMMARY, summary)
-            show_rounds(described, Path(summary["policy"]))
+            show_rounds(described, Path(policy))
     return summary
 
 
@@ -123,6 +146,7 @@ class _Rounds:
     model_args: ModelConfig
     scorer: DensityRatioScorer
     source: Source
+    held_out: Source | None
     chat_template: str | None
     known: Mapping[str, Any]
 
@@ -146,7 +170,7 @@ class _Rounds:
             **{
                 each.name: getattr(self.model_args, each.name) for each in fields(ModelConfig) if each.name not in _RUNS
             },
-            **self._job(self._annotation(1)).options,
+            **self._job(self._annotation(1, PAIRS)).options,
             "command": "rounds",
             "trainer": self.arguments.trainer,
             "round_prompts": self.arguments.round_prompts,
@@ -157,6 +181,8 @@ class _Rounds:
             "input": self.source.name,
             "input_sha256": self.source.fingerprint,
             "input_rows": self.source.num_rows,
+            "eval_split": self.arguments.eval_split,
+            "eval_split_sha256": self.held_out and self.held_out.fingerprint,
             "versions": _compat.versions(),
         }
         return dict(json.loads(json.dumps(found, default=str)))
@@ -165,8 +191,13 @@ class _Rounds:
         """Do of a round what is not there yet, and describe it."""
         place = self.place(number)
         if not (place / POLICY).is_dir():
-            self._label(number)
-            say(f"round {number} of {self.arguments.num_rounds}: training")
+            of = f"round {number} of {self.arguments.num_rounds}"
+            say(f"{of}: completions by {self.policy(number)}, and their labels")
+            share = self.arguments.share
+            self._label(number, self.source if share == 1 else every(self.source, share, start=number - 1), PAIRS)
+            if self.held_out is not None:
+                self._label(number, self.held_out, EVAL_PAIRS)
+            say(f"{of}: training")
             train_round(
                 self.arguments,
                 place,
@@ -177,16 +208,17 @@ class _Rounds:
                 chat_template=self.chat_template,
                 chat_template_kwargs=self.scorer.config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
             )
-        return describe_round(number, _read(place / PAIRS / SUMMARY), read_log(place))
+        held_out = None if self.held_out is None else _read(place / EVAL_PAIRS / SUMMARY)
+        return describe_round(number, _read(place / PAIRS / SUMMARY), read_log(place), held_out=held_out)
 
     def _seed(self, number: int) -> int:
         return int(self.training_args.seed) + number - 1
 
-    def _annotation(self, number: int) -> AnnotateArguments:
-        """What a round's pairs are made with."""
+    def _annotation(self, number: int, name: str) -> AnnotateArguments:
+        """What pairs of a round are made with."""
         return arguments_of_a_round(
             self.pairs_args,
-            output_dir=str(self.place(number) / PAIRS),
+            output_dir=str(self.place(number) / name),
             policy=self.policy(number),
             policy_revision=self.model_args.model_revision if number == 1 else None,
             seed=self._seed(number),
@@ -195,26 +227,22 @@ class _Rounds:
     def _job(self, arguments: AnnotateArguments) -> Job:
         return replace(make_job(arguments, self.scorer, options=self.known), check=check_prompt)
 
-    def _label(self, number: int) -> None:
+    def _label(self, number: int, prompts: Source, name: str) -> None:
         """
-        Make a round's pairs, with all processes.
+        Make pairs of a round, with all processes.
 
         Raises:
             ConfigError: there are none.
         """
-        arguments = self._annotation(number)
-        say(f"round {number} of {self.arguments.num_rounds}: completions by {arguments.policy}, and their labels")
-        share = self.source
-        if self.arguments.round_prompts == "split":
-            share = every(share, self.arguments.num_rounds, start=number - 1)
-        run(arguments, share, self._job(arguments))
+        arguments = self._annotation(number, name)
+        run(arguments, prompts, self._job(arguments))
         free_memory()  # of the policy that wrote
         PartialState().wait_for_everyone()
         found = _read(Path(arguments.output_dir) / SUMMARY)
         if not found["pairs"]:
             skipped = ", ".join(f"{why}: {count}" for why, count in found["skipped"].items() if count)
             raise ConfigError(
-                f"round {number} has no pair to train on, of {found['rows']} prompts ({skipped}). Use a smaller "
+                f"round {number} has no pair in {name}, of {found['rows']} prompts ({skipped}). Use a smaller "
                 f"min_margin (it is {arguments.min_margin}), more num_generations, a higher temperature or a larger "
                 "max_completion_length, and another output_dir."
             )
@@ -238,7 +266,8 @@ def _check_arguments(
     """What can be known to be wrong from the arguments alone -> the policy's name."""
     if not model_args.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: the policy to train. Pass a name on the Hub or a path.")
-    if not isinstance(training_args, arguments.config_class):
+    config_class: Any = arguments.config_class
+    if not isinstance(training_args, config_class):
         raise ConfigError(
             f"training_args is a {type(training_args).__name__}, and trainer is {arguments.trainer!r}. Pass an "
             "arguments.config_class."
@@ -250,10 +279,10 @@ def _check_arguments(
                 f"loss_type is {loss!r}, which trainer {arguments.trainer} does not know. Use one of: "
                 f"{', '.join(losses)}."
             )
-    if training_args.eval_strategy != "no":
+    if training_args.eval_strategy != "no" and arguments.eval_split is None:
         raise ConfigError(
-            f"eval_strategy is {str(training_args.eval_strategy.value)!r}, and there are no pairs to evaluate: a "
-            "round's reward in the summary is that of the policy before it. Leave it out."
+            f"eval_strategy is {str(training_args.eval_strategy.value)!r}, and eval_split is missing: the split of "
+            "input whose prompts are held out. Pass eval_split, or leave eval_strategy out."
         )
     if cdr_args.cdr_share_policy:
         raise ConfigError(
@@ -267,12 +296,11 @@ def _check_arguments(
     return str(model_args.model_name_or_path)
 
 
-def _check_rows(source: Source, arguments: RoundsArguments, pairs_args: PairsArguments) -> None:
+def _check_rows(source: Source, needed: int, pairs_args: PairsArguments) -> None:
     """
     Raises:
-        InputError: there are too few rows, or a bad one.
+        InputError: there are fewer rows than are needed, or there is a bad one.
     """
-    needed = arguments.num_rounds if arguments.round_prompts == "split" else 1
     if source.num_rows < needed:
         raise InputError(
             f"input is {source.name!r}, which has {source.num_rows} rows, and each of {needed} rounds needs its share. "

@@ -36,6 +36,13 @@ class RoundsArguments:
             "them, with other draws; then more rounds can be added to a run that is finished."
         },
     )
+    eval_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split of the input whose prompts are held out: labelled in every round, never trained on. Their "
+            "reward is in the summary, and eval_strategy evaluates on their pairs."
+        },
+    )
     trainer: TrainerName = field(
         default="cpo",
         metadata={
@@ -50,6 +57,11 @@ class RoundsArguments:
         for name, known in (("round_prompts", get_args(Prompts)), ("trainer", get_args(TrainerName))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}. Use one of: {', '.join(known)}.")
+
+    @property
+    def share(self) -> int:
+        """A round gets every so-many-th prompt."""
+        return self.num_rounds if self.round_prompts == "split" else 1
 
     @property
     def config_class(self) -> type:
