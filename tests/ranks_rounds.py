@@ -9,18 +9,18 @@ import signal
 import sys
 
 from ranks import report
-from transformers import TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from trl_cdr.annotation import annotate
 from trl_cdr.cli import main
-from trl_cdr.rounds import round_training, rounds
+from trl_cdr.rounds import rounds
 
 config, output_dir = sys.argv[1:]
 command = ["rounds", "--config", config, "--output_dir", output_dir]
 MOMENTS = (
     (annotate, "label_rows", 2, False),  # in the completions of the first round
     (TrainerState, "save_to_json", 2, False),  # while the second checkpoint is saved, of which it is the last file
-    (round_training, "free_memory", 1, False),  # when the policy is written, and has not got its name
+    (PreTrainedTokenizerBase, "save_pretrained", 2, False),  # while the policy is saved, behind its weights
     (rounds, "train_round", 1, True),  # between the rounds
     (annotate, "label_rows", 2, False),  # in the completions of the second
 )

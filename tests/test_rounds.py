@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from ranks import Run, launch
 from safetensors.torch import load_file
 from tiny import TRAINING, chat
-from transformers import AutoTokenizer, TrainerState
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState
 from trl import ModelConfig
 
 from trl_cdr import CDRConfig, ConfigError
 from trl_cdr.annotation import annotate
 from trl_cdr.annotation.annotate import AnnotateArguments
+from trl_cdr.annotation.score_folder import hold
 from trl_cdr.cli import main
 from trl_cdr.rounds import rounds as module
 from trl_cdr.rounds.rounds import run_rounds
@@ -107,6 +109,7 @@ def test_what_is_written(options, whole, quick):
     start = (Path(quick) / "model.safetensors").read_bytes()
     assert len({start, first[1], second[1]}) == 3
     assert AutoTokenizer.from_pretrained(whole / "round-2" / "policy").chat_template
+    assert not list(whole.glob("round-*/training/.cache"))
     for number, one in enumerate(summary, start=1):
         rows = pairs(whole, number)
         rewards = [reward for row in rows for reward in row["rewards"]]
@@ -165,11 +168,12 @@ def stop_at(monkeypatch, owner, name, call, *, after=False):
 
 
 def test_a_stopped_run_ends_as_one_that_was_not(options, whole, tmp_path, monkeypatch, capsys):
-    """Stopped in the first completions, while a checkpoint is saved, between the rounds, and in the second's."""
+    """Stopped in the first completions, in a checkpoint, in the policy, between the rounds, in the second's pairs."""
     options = {**options, "output_dir": str(tmp_path / "out")}
     for owner, name, call, after in (
         (annotate, "label_rows", 2, False),
         (TrainerState, "save_to_json", 2, False),  # the last file of the second checkpoint
+        (PreTrainedTokenizerBase, "save_pretrained", 2, False),  # of the policy: its weights are written
         (module, "train_round", 1, True),
         (annotate, "label_rows", 2, False),
     ):
@@ -179,6 +183,8 @@ def test_a_stopped_run_ends_as_one_that_was_not(options, whole, tmp_path, monkey
                 run(options)
         if owner is TrainerState:
             assert (tmp_path / "out" / "round-1" / "training" / "checkpoint-2").is_dir()
+        if owner is PreTrainedTokenizerBase:
+            assert (tmp_path / "out" / "round-1" / ".policy.partial" / "model.safetensors").exists()
     out = run(options)
     assert f"resuming from {out / 'round-1' / 'training' / 'checkpoint-1'}\n" in capsys.readouterr().err
     assert results(out) == results(whole)
@@ -343,6 +349,11 @@ def test_a_bad_row_of_a_later_round(options, tmp_path, refused, monkeypatch):
     err = refused(changed)
     assert "prompts.jsonl:2 has completions, and here the policy of each round writes them" in err
     assert not (tmp_path / "out").exists()
+    stop_at(monkeypatch, module, "train_round", 1)
+    with pytest.raises(Stopped):
+        run({**changed, "num_rounds": 1, "on_bad_row": "skip"})
+    left_out = json.loads((tmp_path / "out" / "round-1" / "pairs" / "summary.json").read_text())["bad_rows"]
+    assert [row["index"] for row in left_out["first"]] == [1]
 
 
 def test_a_folder_that_is_not_ours(options, tmp_path, refused, whole):
@@ -352,6 +363,11 @@ def test_a_folder_that_is_not_ours(options, tmp_path, refused, whole):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     place = whole / "round-1" / "pairs"
     assert "holds scores with " in refused({**options, "output_dir": str(place)})
+
+
+def test_a_folder_that_is_in_use(options, tmp_path, refused):
+    with hold(tmp_path / "out", "-rounds-0"):
+        assert "is in use by another process" in refused({**options, "output_dir": str(tmp_path / "out")})
 
 
 def test_a_training_config_of_another_trainer(options, checkpoints, quick, tmp_path):
@@ -368,12 +384,23 @@ def test_a_training_config_of_another_trainer(options, checkpoints, quick, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["cpo", "dpo"])
-def test_lora(trainer, options, tmp_path):
-    """Each round's adapter is merged into the policy that the next one finds."""
+def test_lora(trainer, options, tmp_path, monkeypatch):
+    """
+    Each round's adapter is merged into the policy that the next one finds. Its first weights do not depend on what was
+    drawn before, so that a run that was stopped ends as one that was not.
+    """
     pytest.importorskip("peft")
     lora = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0, "trainer": trainer}
     lora |= {"simpo_gamma": None, "output_dir": str(tmp_path / "out")}
     out = run({**options, **lora})
+    if trainer == "cpo":
+        again = {**options, **lora, "output_dir": str(tmp_path / "again")}
+        with monkeypatch.context() as patch:
+            stop_at(patch, annotate, "label_rows", 3)  # the first round's are two
+            with pytest.raises(Stopped):
+                run(again)
+        torch.manual_seed(7)
+        assert results(run(again)) == results(out)
     for number, before in ((1, options["model_name_or_path"]), (2, str(out / "round-1" / "policy"))):
         place = out / f"round-{number}"
         config = json.loads((place / "training" / "adapter_config.json").read_text())
