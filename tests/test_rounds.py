@@ -312,6 +312,7 @@ def test_a_round_without_a_pair(options, tmp_path, refused, monkeypatch):
             "loss_type is 'simpo', which trainer dpo does not know",
         ),
         ({"num_generations": 1}, "num_generations is 1: a pair needs two"),
+        ({"max_length": 12}, "max_length is 12 tokens of a prompt and its completion in training, and"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"eval_strategy": "epoch"}, "eval_strategy is 'epoch', and eval_split is missing"),
         ({"eval_split": "test"}, "eval_split is 'test', and split is 'train': of "),
@@ -423,7 +424,7 @@ def test_lora(trainer, options, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_kill_minus_nine_and_two_processes(options, whole, tmp_path):
+def test_kill_minus_nine_and_two_processes(options, whole, tmp_path, refused):
     """What was killed five times ends with the pairs and weights of what was not; so do two processes, but rounding."""
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(options))
@@ -442,3 +443,5 @@ def test_kill_minus_nine_and_two_processes(options, whole, tmp_path):
         load_file(folder / "round-1" / "policy" / "model.safetensors") for folder in (tmp_path / "shared", whole)
     )
     assert all(found[name].allclose(expected[name], atol=1e-3) for name in expected)
+    alone = {**options, "per_device_train_batch_size": 1, "output_dir": str(tmp_path / "shared")}
+    assert "processes=2, and now it is 1" in refused(alone)

@@ -88,7 +88,7 @@ def run_rounds(
         InputError: the input can't be read, or has a bad row: all are looked at before anything is written.
         ModelError: pair or policy can't serve.
     """
-    policy = _check_arguments(arguments, training_args, model_args, cdr_args)
+    policy = _check_arguments(arguments, pairs_args, training_args, model_args, cdr_args)
     init_kwargs = policy_init_kwargs(training_args, model_args)
     check_models(cdr_args, policy, init_kwargs)
     is_elsewhere = "strong" in cdr_args.served and cdr_args.cdr_chat_template is None
@@ -261,7 +261,11 @@ def check_prompt(found: Mapping[str, Any]) -> str | None:
 
 
 def _check_arguments(
-    arguments: RoundsArguments, training_args: Any, model_args: ModelConfig, cdr_args: CDRConfig
+    arguments: RoundsArguments,
+    pairs_args: PairsArguments,
+    training_args: Any,
+    model_args: ModelConfig,
+    cdr_args: CDRConfig,
 ) -> str:
     """What can be known to be wrong from the arguments alone -> the policy's name."""
     if not model_args.model_name_or_path:
@@ -279,6 +283,12 @@ def _check_arguments(
                 f"loss_type is {loss!r}, which trainer {arguments.trainer} does not know. Use one of: "
                 f"{', '.join(losses)}."
             )
+    if training_args.max_length is not None and training_args.max_length <= pairs_args.max_completion_length:
+        raise ConfigError(
+            f"max_length is {training_args.max_length} tokens of a prompt and its completion in training, and "
+            f"max_completion_length is {pairs_args.max_completion_length}: completions would be cut off. Pass a larger "
+            "max_length."
+        )
     if training_args.eval_strategy != "no" and arguments.eval_split is None:
         raise ConfigError(
             f"eval_strategy is {str(training_args.eval_strategy.value)!r}, and eval_split is missing: the split of "
