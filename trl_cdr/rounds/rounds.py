@@ -46,6 +46,7 @@ _WITHOUT_EFFECT = (
     *("output_dir", "overwrite_output_dir", "do_", "log", "save_", "eval_", "per_device_eval_batch_size", "report_to"),
     *("run_name", "project", "trackio_", "disable_tqdm", "hub_", "dataset_num_proc", "ddp_", "skip_memory_metrics"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "restore_callback_states"),
+    "average_tokens_across_devices",  # it follows the number of processes, which is compared
     *("dataloader_persistent_workers", "use_cpu", "no_cuda", "include_", "torch_empty_cache_steps", "local_rank"),
 )
 # Of `ModelConfig`: what names the policy, whose weights are compared, and how it is run.
