@@ -1,6 +1,7 @@
 """Rounds by a real pair, tiny as it is: what each leaves, what a run that was stopped ends with, what is refused."""
 
 import json
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -198,6 +199,27 @@ def test_what_is_done_is_taken_as_it_is(options, whole, monkeypatch, capsys):
     assert results(whole) == before
     printed = capsys.readouterr().out
     assert str(whole / "round-2" / "policy") in printed
+
+
+def test_a_disk_that_is_full(options, whole, tmp_path, monkeypatch, refused):
+    """The kernel refuses what goes beyond so many bytes of a file: of the pairs as arrays, a model, an optimizer."""
+    options = {**options, "output_dir": str(tmp_path / "out")}
+    real, limit = module.train_round, resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (900, 60_000, 200_000):
+
+        def filling(*args, size=size, **kwargs):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+            real(*args, **kwargs)
+
+        try:
+            monkeypatch.setattr(module, "train_round", filling)
+            err = refused(options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert "can't be written: " in err
+        assert "What is finished stays there: make room and run the same command again." in err
+    monkeypatch.setattr(module, "train_round", real)
+    assert results(run(options)) == results(whole)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import copy
 import gc
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, get_peft_config
 
+from ..annotation.score_folder import writing
 from ..errors import CDRError, ConfigError
 from ..scoring.adapters import merge
 from ..scoring.encoding import own_chat_template
@@ -26,6 +28,7 @@ from ..training.train import find_checkpoint, policy_init_kwargs
 from .rounds_arguments import RoundsArguments
 
 POLICY, TRAINING, PAIRS, EVAL_PAIRS = "policy", "training", "pairs", "eval-pairs"
+_DISK = ("I/O error", "inline_container", "iostream")  # safetensors, torch, torch again
 _CACHE = ".cache"  # of the pairs as arrays, and of their tokens
 
 
@@ -103,6 +106,27 @@ def train_round(
         partial.replace(folder / POLICY)
         shutil.rmtree(folder / TRAINING / _CACHE, ignore_errors=True)
     state.wait_for_everyone()
+
+
+@contextmanager
+def on_a_full_disk(folder: Path) -> Iterator[None]:
+    """
+    As `score_folder.writing`, also of libraries that have other words for it: datasets, safetensors and torch.
+
+    Args:
+        folder (`Path`): Which is written to, for the message.
+
+    Raises:
+        ConfigError: what is written inside can't be.
+    """
+    with writing(folder):
+        try:
+            yield
+        except Exception as error:
+            is_the_disk = isinstance(error.__cause__, OSError) or any(word in str(error) for word in _DISK)
+            if isinstance(error, CDRError) or not is_the_disk:
+                raise
+            raise OSError(" ".join(str(error.__cause__ or error).split())) from error
 
 
 def load_policy_tokenizer(

@@ -37,7 +37,16 @@ from ..scoring.pair_loading import find_template
 from ..scoring.scorer import DensityRatioScorer
 from ..training.train import check_models, policy_init_kwargs, say
 from .round_report import describe_round, show_rounds
-from .round_training import EVAL_PAIRS, PAIRS, POLICY, free_memory, load_policy_tokenizer, read_log, train_round
+from .round_training import (
+    EVAL_PAIRS,
+    PAIRS,
+    POLICY,
+    free_memory,
+    load_policy_tokenizer,
+    on_a_full_disk,
+    read_log,
+    train_round,
+)
 from .rounds_arguments import PairsArguments, RoundsArguments, arguments_of_a_round, known_losses
 
 # Of a trainer's arguments: where to, how often it says something, with what and on whose machine. All others decide on
@@ -199,16 +208,17 @@ class _Rounds:
             if self.held_out is not None:
                 self._label(number, self.held_out, EVAL_PAIRS)
             say(f"{of}: training")
-            train_round(
-                self.arguments,
-                place,
-                policy=self.policy(number),
-                seed=self._seed(number),
-                training_args=self.training_args,
-                model_args=self.model_args,
-                chat_template=self.chat_template,
-                chat_template_kwargs=self.scorer.config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
-            )
+            with on_a_full_disk(self.folder):
+                train_round(
+                    self.arguments,
+                    place,
+                    policy=self.policy(number),
+                    seed=self._seed(number),
+                    training_args=self.training_args,
+                    model_args=self.model_args,
+                    chat_template=self.chat_template,
+                    chat_template_kwargs=self.scorer.config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
+                )
         held_out = None if self.held_out is None else _read(place / EVAL_PAIRS / SUMMARY)
         return describe_round(number, _read(place / PAIRS / SUMMARY), read_log(place), held_out=held_out)
 
