@@ -10,7 +10,8 @@ import sys
 import time
 
 from ranks import report
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainerState  # noqa: F401 - here, not in each child
+from trl.experimental.cpo import CPOTrainer  # noqa: F401 - likewise
 
 from trl_cdr.annotation import annotate
 from trl_cdr.cli import main

@@ -101,22 +101,10 @@ def run_rounds(
     policy = _check_arguments(arguments, pairs_args, training_args, model_args, cdr_args)
     init_kwargs = policy_init_kwargs(training_args, model_args)
     check_models(cdr_args, policy, init_kwargs)
-    is_elsewhere = "strong" in cdr_args.served and cdr_args.cdr_chat_template is None
-    template = None if is_elsewhere else find_template(cdr_args, "strong")
+    template = _find_template(cdr_args)
     load_policy_tokenizer(policy, init_kwargs, template)
-    source = open_input(pairs_args, data)
     scorer = DensityRatioScorer.from_config(cdr_args, training_args)
-    check_router(scorer, source)
-    _check_rows(source, arguments.share, pairs_args)
-    held_out = None
-    if arguments.eval_split is not None:
-        held_out = open_input(replace(pairs_args, split=arguments.eval_split), data)
-        if held_out.fingerprint == source.fingerprint:  # a single file has no splits
-            raise ConfigError(
-                f"eval_split is {arguments.eval_split!r}, and split is {pairs_args.split!r}: of {source.name!r} they "
-                "are the same rows. Give a folder with a file for each, and see that the two differ."
-            )
-        _check_rows(held_out, 1, pairs_args)
+    source, held_out = _open(arguments, pairs_args, scorer, data)
     state = PartialState()
     rounds = _Rounds(
         arguments,
@@ -315,6 +303,40 @@ def _check_arguments(
     except (ImportError, ValueError) as error:
         raise ConfigError(f"use_peft is set, and there can be no adapter: {error}") from error
     return str(model_args.model_name_or_path)
+
+
+def _find_template(cdr_args: CDRConfig) -> str | None:
+    """The chat template of a policy that has none: the strong model's, where that is here."""
+    is_elsewhere = "strong" in cdr_args.served and cdr_args.cdr_chat_template is None
+    return None if is_elsewhere else find_template(cdr_args, "strong")
+
+
+def _open(
+    arguments: RoundsArguments,
+    pairs_args: PairsArguments,
+    scorer: DensityRatioScorer,
+    data: Dataset | Mapping[str, Dataset] | None,
+) -> tuple[Source, Source | None]:
+    """
+    The prompts to train on and those that are held out, all of them looked at.
+
+    Raises:
+        ConfigError: there is no such split, or both are the same.
+        InputError: they can't be read, are too few, or have a bad row.
+    """
+    source = open_input(pairs_args, data)
+    check_router(scorer, source)
+    _check_rows(source, arguments.share, pairs_args)
+    if arguments.eval_split is None:
+        return source, None
+    held_out = open_input(replace(pairs_args, split=arguments.eval_split), data)
+    if held_out.fingerprint == source.fingerprint:  # a single file has no splits
+        raise ConfigError(
+            f"eval_split is {arguments.eval_split!r}, and split is {pairs_args.split!r}: of {source.name!r} they are "
+            "the same rows. Give a folder with a file for each, and see that the two differ."
+        )
+    _check_rows(held_out, 1, pairs_args)
+    return source, held_out
 
 
 def _check_rows(source: Source, needed: int, pairs_args: PairsArguments) -> None:
