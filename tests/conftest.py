@@ -11,6 +11,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from tiny import byte_tokenizer, llama
 
@@ -54,6 +55,18 @@ def checkpoints(tmp_path_factory, tokenizer, strong, weak):
         model.save_pretrained(folders[name])
         tokenizer.save_pretrained(folders[name])
     return folders
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory, tokenizer):
+    """Folder of a policy that ends most of its completions soon."""
+    model = llama(len(tokenizer), seed=3)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 8
+    folder = tmp_path_factory.mktemp("policy")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

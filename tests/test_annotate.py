@@ -8,10 +8,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from datasets import Dataset, load_dataset
 from test_server import host  # noqa: F401 - a fixture
-from tiny import TRAINING, answer, chat, llama
+from tiny import TRAINING, answer, chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_cdr import CDRConfig, ConfigError, DensityRatioScorer, InputError, Score
@@ -25,18 +24,6 @@ GROUPS = [
     {"prompt": PROMPTS[1], "completions": [answer("the dog"), answer("and that")], "finished": [True, True]},
     {"prompt": PROMPTS[2], "completions": ["over", "a lazy dog", "and this"], "finished": [False, True, None]},
 ]
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory, tokenizer):
-    """A policy that ends most of its completions soon."""
-    model = llama(len(tokenizer), seed=3)
-    with torch.no_grad():
-        model.lm_head.weight[tokenizer.eos_token_id] *= 8
-    folder = tmp_path_factory.mktemp("policy")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -2,14 +2,20 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from trl_cdr import CDRConfig, CDRReward
+from trl_cdr.cli import main
+from trl_cdr.demo import world
+from trl_cdr.demo.models import build_tokenizer, sample
+from trl_cdr.rounds.rounds_arguments import PairsArguments, RoundsArguments
 from trl_cdr.training.train import TrainArguments
 
 FOLDER = Path(__file__).parent.parent / "examples"
@@ -96,8 +102,9 @@ def test_rank_pairs(tmp_path):
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_yaml_is_read_to_the_last_key(path, tmp_path):
     arguments = ["--config", str(path), "--use_cpu", "--bf16", "False", "--output_dir", str(tmp_path)]
-    first, _ = TrlParser((TrainArguments,)).parse_args_and_config(arguments, return_remaining_strings=True)
-    kinds = (TrainArguments, ScriptArguments, first.config_class, ModelConfig, CDRConfig)
+    own, data = (RoundsArguments, PairsArguments) if "rounds" in path.name else (TrainArguments, ScriptArguments)
+    first, _ = TrlParser((own,)).parse_args_and_config(arguments, return_remaining_strings=True)
+    kinds = (own, data, first.config_class, ModelConfig, CDRConfig)
     *_, model_args, cdr_args, unknown = TrlParser(kinds).parse_args_and_config(arguments, return_remaining_strings=True)
     assert not unknown
     assert CDRReward.from_config(cdr_args).config == cdr_args
@@ -113,3 +120,24 @@ def test_the_tiny_yaml(tmp_path):
     rewards = [log["rewards/cdr_reward/mean"] for log in state["log_history"] if "rewards/cdr_reward/mean" in log]
     assert rewards[-1] > rewards[0]
     assert any("eval_rewards/cdr_reward/mean" in log for log in state["log_history"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")  # TRL's, see test_train
+def test_rounds_raise_the_gold_reward(tmp_path, monkeypatch):
+    """Of prompts that no round had; the pair knows nothing of it."""
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(FOLDER / "tiny_world.py"))
+    main(["rounds", "--config", str(FOLDER / "rounds.yaml"), "--disable_tqdm", "True"])
+    prompts = [world.conversation(task) for task in world.HELD_OUT]
+
+    def gold(policy):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "trl-cdr-tiny" / policy)
+        groups = sample(model, build_tokenizer(), prompts=prompts, per_prompt=1, seed=0)
+        return sum(
+            world.gold(prompt, one.text, one.finished) for prompt, [one] in zip(prompts, groups, strict=True)
+        ) / len(prompts)
+
+    rounds = [gold(f"rounds/round-{number}/policy") for number in (1, 2, 3)]
+    assert gold("policy") + 0.05 < rounds[0] < rounds[2]
+    assert rounds[2] > gold("policy") + 0.2

@@ -106,6 +106,7 @@ def test_the_summary_adds_up(tmp_path, capsys):
     assert (summary["chosen_tokens"], summary["rejected_tokens"]) == (pytest.approx(10 / 3), pytest.approx(11 / 3))
     assert summary["longer_chosen"] == pytest.approx(1 / 3)
     assert summary["gated"] == pytest.approx(1 / 9)
+    assert summary["reward"] == pytest.approx((0 + 3 + 2 + 1 + 2 - 1 + 1 + 1) / 8)
     assert list(summary["domains"]) == ["a", "b"]
     assert summary["domains"]["a"]["pairs"] == 2
     assert summary["domains"]["a"]["margin"] == 2.0

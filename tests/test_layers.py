@@ -20,6 +20,7 @@ FLOORS = {
     "training": 5,
     "annotation": 5,
     "demo": 6,
+    "rounds": 6,
     "bench": 6,
     "doctor": 6,
     "arguments": 6,
@@ -29,8 +30,8 @@ FLOORS = {
 }
 # Third-party modules and the rooms that may import them; what is not listed is free.
 ROOMS = {
-    "trl": {"training", "cli", "demo", "bench", "_compat"},
-    "datasets": {"training", "annotation", "demo", "bench", "cli"},
+    "trl": {"training", "cli", "demo", "rounds", "bench", "_compat"},
+    "datasets": {"training", "annotation", "demo", "rounds", "bench", "cli"},
 }
 NO_TORCH = {"errors", "config_checks", "config", "conditioning"}
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ from datasets import Dataset, DatasetDict
 
 from trl_cdr import ConfigError, InputError
 from trl_cdr.annotation import reader
-from trl_cdr.annotation.reader import BadRow, needs, open_source, read_rows
+from trl_cdr.annotation.reader import BadRow, every, needs, open_source, read_rows
 
 ROWS = [{"prompt": f"p{index}", "completions": ["a\u2028b", "é"], "id": index} for index in range(7)]
 
@@ -162,3 +163,26 @@ def test_what_is_not_there(tmp_path, form):
         open_source(tmp_path)  # a folder without data
     with pytest.raises(ConfigError, match="the data set has no split 'test', but train"):
         open_source(form("splits"), split="test")
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7])
+def test_every_so_many_th_row(step, tmp_path):
+    """The shares of a source hold each row once; a row keeps its place, and is counted anew."""
+    text = lines().splitlines()
+    text[4] = "{"
+    (tmp_path / "rows.jsonl").write_text("\n".join(text))
+    source = open_source(tmp_path / "rows.jsonl")
+    whole = list(source.read())
+    shares = [every(source, step, start=start) for start in range(step)]
+    for start, share in enumerate(shares):
+        expected = [replace(row, index=index) for index, row in enumerate(whole[start::step])]
+        assert list(share.read()) == expected
+        assert share.num_rows == len(expected)
+        for cut in range(len(expected) + 1):
+            assert list(share.read([range(cut, len(expected))])) == expected[cut:]
+            assert (
+                list(share.read([range(1), range(max(cut, 1), len(expected))]))
+                == expected[:1] + expected[max(cut, 1) :]
+            )
+    assert len({share.fingerprint for share in [source, *shares]}) == step + 1
+    assert every(open_source(tmp_path / "rows.jsonl"), step, start=0).fingerprint == shares[0].fingerprint

@@ -222,3 +222,11 @@ def test_what_the_gate_found_is_written_and_another_gate_is_refused(score, out):
     assert all(row["surprise"] > 0 and row["survival"] >= 0 and row["typicality"] is None for row in rows)
     with pytest.raises(ConfigError, match="holds scores with cdr_gate='surprise', and now it is 'typicality'"):
         score(cdr_gate="typicality")
+
+
+def test_weights_that_are_no_model_s(out):
+    """TRL's `loss_weights`, say."""
+    out.mkdir()
+    write_json(out / "options.json", {"loss_weights": [1.0]})
+    with pytest.raises(ConfigError, match="holds scores with loss_weights=.1.0., and now it is .2.0."):
+        check_options(out, {"loss_weights": [2.0]})

@@ -1,6 +1,7 @@
 """Samples for the probe, of tiny random models."""
 
 import random
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -152,6 +153,19 @@ def test_a_policy_is_loaded_by_name(pair, checkpoints, tmp_path):
     assert end_id(policy, chat("a")) == policy.encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
     with pytest.raises(ModelError, match="policy can't be loaded from"):
         load_policy(str(tmp_path / "none"), config, pair)
+
+
+def test_a_revision_of_a_policy(pair, checkpoints, tmp_path):
+    """Of the Hub's, in a cache of its own."""
+    for name, source in (("main", "strong"), ("later", "weak")):
+        commit = f"{len(name):040}"
+        place = tmp_path / "models--some--model"
+        (place / "refs").mkdir(parents=True, exist_ok=True)
+        (place / "refs" / name).write_text(commit)
+        shutil.copytree(checkpoints[source], place / "snapshots" / commit)
+    config = CDRConfig("a", "b", cdr_model_init_kwargs={"cache_dir": str(tmp_path)})
+    assert sample(load_policy("some/model", config, pair)) == sample(pair.strong)
+    assert sample(load_policy("some/model", config, pair, revision="later")) == sample(pair.weak)
 
 
 def test_a_pair_that_sleeps_is_woken_to_write(checkpoints):

@@ -24,6 +24,7 @@ _COMMANDS = {
     "rank-pairs": "run each of several models once, and rank every pair of them",
     "probe": "attack a pair's reward before training on it: what is worth more than an honest completion?",
     "audit": "look into a run's log for a policy that games the reward",
+    "rounds": "train a policy in rounds: it writes, the pair labels, TRL's CPO (SimPO) or DPO trains, and again",
     "bench": "measure what scoring costs, beside the naive way",
     "doctor": "print versions, how each model of a pair will run and what it takes: what a bug report should hold",
 }
@@ -48,6 +49,17 @@ _OFTEN = {
     "dataset_test_split": "Which split eval_strategy evaluates.",
     "dataset_streaming": "",
 }
+# The same of the trainers of `rounds`.
+_OFTEN_ROUNDS = {
+    "output_dir": "",
+    **dict.fromkeys(("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"), ""),
+    "gradient_accumulation_steps": "",
+    "loss_type": "The loss, by TRL's name for it.",
+    **dict.fromkeys(("beta", "simpo_gamma", "cpo_alpha", "max_length", "bf16", "logging_steps"), ""),
+    "save_steps": "How often a checkpoint is saved: what a killed training goes on from.",
+    **dict.fromkeys(("save_total_limit", "report_to"), ""),
+    "seed": "Of the first round's completions and training; each later round has the next.",
+}
 _AUDIT_STATUS = (
     "exit status: 0 no alarm, 1 an alarm, 2 nothing that can be judged (no log, no metrics, a run too short)"
 )
@@ -62,6 +74,12 @@ _TRAIN_EXAMPLES = (
     "trl-cdr train --trainer online_preference --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\\n"
     "      --dataset_name trl-lib/ultrafeedback-prompt \\\n"
     "      --cdr_strong Qwen/Qwen2.5-1.5B-Instruct --cdr_weak Qwen/Qwen2.5-1.5B",
+)
+_ROUNDS_EXAMPLES = (
+    "trl-cdr rounds --config run.yaml                             # again, and it goes on where it was",
+    "accelerate launch -m trl_cdr rounds --config run.yaml        # one process for each GPU",
+    "trl-cdr rounds --input prompts.jsonl --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\\n"
+    "      --cdr_strong Qwen/Qwen2.5-1.5B-Instruct --cdr_weak Qwen/Qwen2.5-1.5B --cdr_offload cpu",
 )
 
 
@@ -86,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not {"", os.getcwd()} & set(sys.path):  # functions that options name by dotted path, as under python -m
         sys.path.append(os.getcwd())
     try:
-        runs = (_demo, _train, _score, _annotate, _evaluate, _rank_pairs, _probe, _audit, _bench, _doctor)
+        runs = (_demo, _train, _score, _annotate, _evaluate, _rank_pairs, _probe, _audit, _rounds, _bench, _doctor)
         {run.__name__.removeprefix("_").replace("_", "-"): run for run in runs}[command.command](rest)
     except CDRError as error:
         print(f"trl-cdr {command.command}: {error}", file=sys.stderr)
@@ -203,6 +221,41 @@ def _audit(argv: list[str]) -> None:
     print_audit(found)
     if found.is_alarming:
         raise SystemExit(1)
+
+
+def _rounds(argv: list[str]) -> None:
+    from trl import ModelConfig
+
+    from .config import CDRConfig
+    from .rounds.rounds import run_rounds
+    from .rounds.rounds_arguments import ELSEWHERE, PairsArguments, RoundsArguments, TrainerName
+
+    # --trainer, on the command line or in YAML, says which config reads the rest.
+    argv, _ = _read_config(argv)
+    [first], _ = _build("rounds", (RoundsArguments,), argv)
+    groups = (
+        Group("the rounds", RoundsArguments),
+        Group("the prompts, their completions, and pairs of these", PairsArguments),
+        Group("the pair", CDRConfig),
+        Group(f"trainer {first.trainer} (TRL's)", first.config_class, _OFTEN_ROUNDS),
+        Group("the policy (ModelConfig)", ModelConfig, _OFTEN),
+    )
+
+    def elsewhere(name: str) -> str | None:
+        if name in ELSEWHERE:
+            return ELSEWHERE[name]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # trl.experimental's, of a trainer that nobody asked for
+            owners = [
+                other for other in get_args(TrainerName) if name in _names(RoundsArguments(trainer=other).config_class)
+            ]
+        return f"of trainer {', '.join(owners)}, not of {first.trainer}" if owners else None
+
+    arguments, pairs_args, cdr_args, training_args, model_args = _parse(
+        "rounds", groups, argv, examples=_ROUNDS_EXAMPLES, elsewhere=elsewhere
+    )
+    check_output(training_args.output_dir)
+    run_rounds(arguments, pairs_args=pairs_args, training_args=training_args, model_args=model_args, cdr_args=cdr_args)
 
 
 def _bench(argv: list[str]) -> None:

@@ -66,6 +66,9 @@ class AnnotateArguments(RunArguments):
         default=None,
         metadata={"help": "Model that writes completions: name or path; with server, its name there."},
     )
+    policy_revision: str | None = field(
+        default=None, metadata={"help": "Revision (branch, tag, commit) of the policy."}
+    )
     server: str | None = field(
         default=None,
         metadata={"help": "URL of an OpenAI-compatible server that runs the policy, such as http://localhost:8000/v1."},
@@ -182,7 +185,8 @@ class Policy:
         elif self.server is not None:
             identity = f"{name} of a server"
         else:
-            identity = identify_weights(name, "policy", init_kwargs=init_kwargs)
+            revision = self.arguments.policy_revision
+            identity = identify_weights(name, "policy", revision=revision, init_kwargs=init_kwargs)
         return {"policy": name, "policy_identity": identity, "server": self.server and self.server.shown}
 
     def __call__(self, prompts: Sequence[Prompt], seeds: Sequence[str]) -> list[list[Completion]]:
@@ -202,7 +206,9 @@ class Policy:
             return self.server.write(prompts, **options)
         if self.member is None:
             with self.scorer.use() as pair:
-                self.member = load_policy(str(self.arguments.policy), self.scorer.config, pair)
+                self.member = load_policy(
+                    str(self.arguments.policy), self.scorer.config, pair, revision=self.arguments.policy_revision
+                )
         return write(self.member, prompts, **options)
 
 

@@ -26,8 +26,9 @@ def summarise(counts: Counts) -> dict[str, Any]:
 
     Returns:
         `dict`: `rows`, `completions`, `pairs`, `skipped` (why a pair was left out -> how many), `unscorable` and
-        `cut_off` (completions); `gated` (their share); `margin` (mean, nats), `chosen_tokens`, `rejected_tokens`
-        (means), `longer_chosen` (share of pairs, equal lengths count half); and under `domains` the same for each.
+        `cut_off` (completions); `gated` (their share); `reward` (mean of those that have one, nats); `margin` (mean,
+        nats), `chosen_tokens`, `rejected_tokens` (means), `longer_chosen` (share of pairs, equal lengths count half);
+        and under `domains` the same for each.
     """
     whole: Counts = {}
     for one in counts.values():
@@ -58,10 +59,12 @@ def show(summary: Mapping[str, Any], folder: Path) -> None:
 
 def _describe(counts: Mapping[str, float]) -> dict[str, Any]:
     pairs, completions = counts.get("pairs", 0), counts.get("completions", 0)
+    scored = completions - counts.get("unscorable", 0)
     return {
         **{name: int(counts.get(name, 0)) for name in ("rows", "completions", "pairs", "unscorable", "cut_off")},
         "skipped": {name: int(counts.get(name, 0)) for name in _SKIPPED},
         "gated": counts["gated"] / completions if completions else None,
+        "reward": counts["reward"] / scored if scored else None,
         **{
             name: counts[name] / pairs if pairs else None
             for name in ("margin", "chosen_tokens", "rejected_tokens", "longer_chosen")

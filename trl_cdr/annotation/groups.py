@@ -130,6 +130,7 @@ def label_group(
         "completions": len(completions),
         "gated": sum(gated),
         "unscorable": sum(reward is None for reward in rewards),
+        "reward": sum(reward for reward in rewards if reward is not None),
         "cut_off": sum(one.finished is False for one in completions),
     }
     for pair in pairs:

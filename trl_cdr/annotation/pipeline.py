@@ -107,7 +107,7 @@ class Job:
     about: str
 
 
-def open_input(arguments: RunArguments, data: Dataset | None) -> Source:
+def open_input(arguments: RunArguments, data: Dataset | Mapping[str, Dataset] | None) -> Source:
     """
     The rows that a run reads: those of `data`, else of `input`, which is their name in any case.
 

@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -108,6 +108,17 @@ class Source:
             wanted = [range(part.first, stop)] if spans is None else _clip(spans, part.first, stop)
             if wanted:
                 yield from part.read(wanted)
+
+
+def every(source: Source, step: int, *, start: int) -> Source:
+    """
+    A share of a source's rows: each `step`-th, from the row `start` on. They are counted anew, and keep their place.
+
+    Args:
+        source (`Source`): The whole.
+        step, start (`int`): Rows.
+    """
+    return Source(source.name, (_Every(source, step, start),))
 
 
 def open_source(
@@ -310,6 +321,24 @@ class _Table:
                 for place, index in enumerate(places):
                     fields = {column: values[place] for column, values in batch.items()}
                     yield Row(index, f"{self.name}, row {index - self.first}", fields)
+
+
+class _Every:
+    """Each so-many-th row of a source."""
+
+    first = 0
+
+    def __init__(self, source: Source, step: int, start: int) -> None:
+        self.source, self.step, self.start = source, step, start
+        self.num_rows = len(range(start, source.num_rows, step))
+        self.digest = hashlib.sha256(f"{source.fingerprint} {step} {start}".encode()).hexdigest()
+
+    def read(self, spans: Sequence[range]) -> Iterator[Row | BadRow]:
+        for span in spans:
+            wanted = range(self.start + span.start * self.step, self.start + (span.stop - 1) * self.step + 1)
+            found = itertools.islice(self.source.read([wanted]), 0, None, self.step)
+            for index, row in zip(span, found, strict=True):
+                yield replace(row, index=index)
 
 
 def _open_files(name: str, paths: Sequence[Path]) -> Source:

@@ -160,8 +160,8 @@ def check_options(folder: Path, options: Mapping[str, Any]) -> None:
                 f"{before.get('input_rows')} rows, and {options['input']!r} has {options['input_rows']}, of other "
                 f"content. {_ELSEWHERE}"
             )
-        role, _, kind = name.partition("_")
-        if kind == "weights":
+        role = name.removesuffix("_weights")
+        if name in ("strong_weights", "weak_weights"):
             if then is None:
                 raise ConfigError(
                     f"output_dir {str(folder)!r} holds scores, and does not say which weights of {role} they are by: "

@@ -25,7 +25,7 @@ from ..scoring.pair_loading import load_tokenizer
 _AT_ONCE = 64  # sequences
 
 
-def load_policy(name: str, config: CDRConfig, pair: Pair) -> Member:
+def load_policy(name: str, config: CDRConfig, pair: Pair, *, revision: str | None = None) -> Member:
     """
     A policy that only writes, loaded as the pair is.
 
@@ -33,11 +33,12 @@ def load_policy(name: str, config: CDRConfig, pair: Pair) -> Member:
         name (`str`): Name on the Hub or path.
         config (`CDRConfig`): The pair's, for type, device and template.
         pair (`Pair`): Its strong model's template serves a policy that has none.
+        revision (`str`, *optional*): Branch, tag or commit.
 
     Raises:
         ModelError: it can't be loaded.
     """
-    tokenizer = load_tokenizer(config, name, "policy")
+    tokenizer = load_tokenizer(config, name, "policy", revision=revision)
     encoder = Encoder(
         tokenizer,
         "policy",
@@ -49,6 +50,7 @@ def load_policy(name: str, config: CDRConfig, pair: Pair) -> Member:
     lm = CausalLM.load(
         name,
         "policy",
+        revision=revision,
         dtype=config.cdr_dtype,
         device=config.cdr_device,
         init_kwargs=init_kwargs,  # type: ignore[arg-type]

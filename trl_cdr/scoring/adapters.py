@@ -8,6 +8,7 @@ import copy
 import importlib
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,24 @@ def attach(base: Any, adapter: Adapter, role: str) -> Any:
         if id(parameter) not in shared:
             parameter.requires_grad_(False)
     return model
+
+
+def merge(base: Any, folder: Path) -> Any:
+    """
+    A base with an adapter added to its own weights, for good.
+
+    Args:
+        base (`PreTrainedModel`): Loaded; it is used up.
+        folder (`Path`): The adapter, as peft has just saved it.
+
+    Raises:
+        ConfigError: peft is not installed.
+    """
+    peft = _import_peft(f"{str(folder)!r} holds an adapter")
+    with warnings.catch_warnings():
+        # peft 0.21 reads what transformers 5 deprecates
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return peft.PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
 
 
 def unwrap(model: Any) -> Any:

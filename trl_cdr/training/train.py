@@ -146,8 +146,10 @@ def train(
     rewards = rewards_for(arguments, training_args=training_args, cdr_args=cdr_args)
     objectives = [reward for reward in rewards if isinstance(reward, CDRReward)]
     policy = str(model_args.model_name_or_path)
-    training_args.model_init_kwargs = _model_init_kwargs(arguments, training_args, model_args)
-    _check_models(cdr_args, policy, training_args.model_init_kwargs)
+    training_args.model_init_kwargs = policy_init_kwargs(training_args, model_args)
+    if arguments.trainer == "online_dpo":  # it says "auto" also under accelerate launch, which accelerate refuses
+        training_args.model_init_kwargs = {"device_map": None} | training_args.model_init_kwargs
+    check_models(cdr_args, policy, training_args.model_init_kwargs)
     splits = [script_args.dataset_train_split, *([script_args.dataset_test_split] if is_evaluated else [])]
     with training_args.main_process_first(desc="load the prompts"):
         datasets = load_prompts(script_args, splits=splits)
@@ -156,9 +158,9 @@ def train(
         check_domains(reward.scorer.router, dict(zip(places, datasets, strict=True)))
 
     if not cdr_args.cdr_share_policy:  # else it stands on the policy's base, and CDRCallback loads it
-        _say(f"loading the pair: strong {_with_size(cdr_args.cdr_strong)}, weak {_with_size(cdr_args.cdr_weak)}")
+        say(f"loading the pair: strong {_with_size(cdr_args.cdr_strong)}, weak {_with_size(cdr_args.cdr_weak)}")
         load_together(objectives[0].scorer)
-    _say(f"loading the policy: {_with_size(policy)}")
+    say(f"loading the policy: {_with_size(policy)}")
     trainer = _make_trainer(arguments, training_args, model_args, rewards, datasets)
     for reward in objectives:
         trainer.add_callback(CDRCallback(reward, trainer))
@@ -205,14 +207,24 @@ def find_checkpoint(training_args: Any) -> str | None:
     names = [path.parent.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*/trainer_state.json")]
     last = max((int(name) for name in names if name.isdigit()), default=None)
     if last is None:
-        _say(f"no checkpoint in {folder}: starting anew")
+        say(f"no checkpoint in {folder}: starting anew")
         return None
-    _say(f"resuming from {folder / f'checkpoint-{last}'}")
+    say(f"resuming from {folder / f'checkpoint-{last}'}")
     return str(folder / f"checkpoint-{last}")
 
 
-def _check_models(cdr_args: CDRConfig, policy: str, policy_init_kwargs: Mapping[str, Any]) -> None:
-    """Whether models and tokenizers can be found at all, before anything large is loaded."""
+def check_models(cdr_args: CDRConfig, policy: str, policy_init_kwargs: Mapping[str, Any]) -> None:
+    """
+    Whether models and tokenizers can be found at all, before anything large is loaded.
+
+    Args:
+        cdr_args (`CDRConfig`): The pair.
+        policy (`str`): Name on the Hub or path.
+        policy_init_kwargs (`Mapping`): `from_pretrained`'s.
+
+    Raises:
+        ModelError: one of them can't be read.
+    """
     init_kwargs: Any = cdr_args.cdr_model_init_kwargs
     for role, source in find_sources(cdr_args).items():
         read_config(source.name, f"cdr_{role}", revision=source.revision, init_kwargs=init_kwargs)
@@ -221,7 +233,7 @@ def _check_models(cdr_args: CDRConfig, policy: str, policy_init_kwargs: Mapping[
     read_config(policy, "model_name_or_path", init_kwargs=policy_init_kwargs)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """A line on the main process's stderr."""
     if PartialState().is_main_process:
         print(text, file=sys.stderr, flush=True)
@@ -258,8 +270,14 @@ def _for_trainer(reward: Any, arguments: TrainArguments) -> Any:
     return reward.awaitable if is_awaited else reward
 
 
-def _model_init_kwargs(arguments: TrainArguments, training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
-    """`from_pretrained`'s for the policy."""
+def policy_init_kwargs(training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
+    """
+    `from_pretrained`'s for the policy; what the trainer's own `model_init_kwargs` say goes before `model_args`.
+
+    Args:
+        training_args (`TrainingArguments`): The trainer's.
+        model_args (`ModelConfig`): Revision, type, attention and quantisation.
+    """
     kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": trust_remote_code(training_args, model_args),
@@ -269,8 +287,6 @@ def _model_init_kwargs(arguments: TrainArguments, training_args: Any, model_args
     quantization = get_quantization_config(model_args)
     if quantization is not None:  # None is not the same as nothing
         kwargs["quantization_config"] = quantization
-    if arguments.trainer == "online_dpo":  # it says "auto" also under accelerate launch, which accelerate refuses
-        kwargs["device_map"] = None
     return kwargs | (training_args.model_init_kwargs or {})
 
 
