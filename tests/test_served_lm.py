@@ -7,10 +7,14 @@ import threading
 
 import pytest
 import torch
+from pairs import preferences
 from tiny import BRACKETS, answer, byte_tokenizer, chat, llama
 from vllm_stand_in import StandIn, closed_port
 
 from trl_cdr import CDRConfig, CDRReward, ConfigError, Criteria, DensityRatioScorer, DomainCriteria, ModelError
+from trl_cdr.annotation.evaluate import evaluate
+from trl_cdr.annotation.passes import Passes
+from trl_cdr.annotation.rank_pairs import RankOptions, rank_pairs
 from trl_cdr.doctor import examine, print_examination
 
 SERVED = {"gate": "none"}
@@ -303,3 +307,29 @@ def test_without_httpx(serve, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "trl_cdr.scoring.vllm_client", None)
     address = serve("weak").address
     refused(address, address, ConfigError, "cdr_strong is on a server, and .* is not installed. Run: pip install")
+
+
+@pytest.mark.parametrize("roles", [("strong", "weak"), ("weak",)])
+def test_evaluate_and_rank_pairs_take_it(servers, checkpoints, tmp_path, roles):
+    """Nothing of what a server said is kept: it may have other weights tomorrow."""
+    gate = "none" if "strong" in roles else "surprise"
+    places = {**checkpoints, **{role: addresses(servers)[role] for role in roles}}
+    data = preferences()[:6]
+    here = evaluate(CDRConfig(**prefixed(checkpoints), cdr_gate=gate), data, passes=Passes(tmp_path / "here"))
+    passes = Passes(tmp_path / "there")
+    there = evaluate(CDRConfig(**prefixed(places), cdr_gate=gate), data, passes=passes)
+    assert [row["id"] for row in there.rows] == [row["id"] for row in here.rows]
+    for side in ("scores_chosen", "scores_rejected"):
+        assert [row[side] for row in there.rows] == pytest.approx([row[side] for row in here.rows], abs=1e-4)
+    assert there.summary["judges"] == here.summary["judges"]
+    assert len([*passes.folder.glob("*.jsonl")]) == 2 - len(roles)
+    again = evaluate(CDRConfig(**prefixed(places), cdr_gate=gate), data, passes=passes)
+    assert again.summary["passes"]["run"] == 2 + len(roles)
+    assert [row["results"] for row in again.rows] == [row["results"] for row in there.rows]
+    if "strong" in roles:
+        ranked = rank_pairs([*places.values()], data, RankOptions(cdr_gate="none"), passes=passes)
+        assert set(ranked["models"]) == set(places.values())
+
+
+def prefixed(pair):
+    return {f"cdr_{role}": place for role, place in pair.items()}

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from . import __version__
 from .arguments import DATA_HELP, Group, check_output, explain_unknown, write_help
@@ -143,7 +143,7 @@ def _train(argv: list[str]) -> None:
     from trl import ModelConfig, ScriptArguments
 
     from .config import CDRConfig
-    from .training.train import TrainArguments, TrainerName, train
+    from .training.train import TrainArguments, train
 
     # --trainer, on the command line or in YAML, says which config reads the rest.
     argv, _ = _read_config(argv)
@@ -156,14 +156,8 @@ def _train(argv: list[str]) -> None:
         Group("the data set (ScriptArguments)", ScriptArguments, _OFTEN),
     )
 
-    def elsewhere(name: str) -> str | None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # trl.experimental's, of a trainer that nobody asked for
-            owners = [other for other in get_args(TrainerName) if name in _names(TrainArguments(other).config_class)]
-        return f"of trainer {', '.join(owners)}, not of {first.trainer}" if owners else None
-
     arguments, cdr_args, training_args, model_args, script_args = _parse(
-        "train", groups, argv, examples=_TRAIN_EXAMPLES, elsewhere=elsewhere
+        "train", groups, argv, examples=_TRAIN_EXAMPLES, elsewhere=lambda name: _whose(name, first)
     )
     check_output(training_args.output_dir)
     train(arguments, script_args=script_args, training_args=training_args, model_args=model_args, cdr_args=cdr_args)
@@ -228,7 +222,7 @@ def _rounds(argv: list[str]) -> None:
 
     from .config import CDRConfig
     from .rounds.rounds import run_rounds
-    from .rounds.rounds_arguments import ELSEWHERE, PairsArguments, RoundsArguments, TrainerName
+    from .rounds.rounds_arguments import ELSEWHERE, PairsArguments, RoundsArguments
 
     # --trainer, on the command line or in YAML, says which config reads the rest.
     argv, _ = _read_config(argv)
@@ -242,14 +236,7 @@ def _rounds(argv: list[str]) -> None:
     )
 
     def elsewhere(name: str) -> str | None:
-        if name in ELSEWHERE:
-            return ELSEWHERE[name]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # trl.experimental's, of a trainer that nobody asked for
-            owners = [
-                other for other in get_args(TrainerName) if name in _names(RoundsArguments(trainer=other).config_class)
-            ]
-        return f"of trainer {', '.join(owners)}, not of {first.trainer}" if owners else None
+        return ELSEWHERE.get(name) or _whose(name, first)
 
     arguments, pairs_args, cdr_args, training_args, model_args = _parse(
         "rounds", groups, argv, examples=_ROUNDS_EXAMPLES, elsewhere=elsewhere
@@ -312,6 +299,15 @@ def _parse(
     if left:
         raise ConfigError(f"unknown arguments: {' '.join(left)}, which follow no name. Write --NAME VALUE.")
     return parsed
+
+
+def _whose(name: str, chosen: Any) -> str | None:
+    """Of which of a command's other trainers an argument is; `chosen` is the dataclass with the one that was chosen."""
+    trainers = get_args(get_type_hints(type(chosen))["trainer"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # trl.experimental's, of a trainer that nobody asked for
+        owners = [other for other in trainers if name in _names(type(chosen)(trainer=other).config_class)]
+    return f"of trainer {', '.join(owners)}, not of {chosen.trainer}" if owners else None
 
 
 def _names(kind: type) -> set[str]:

@@ -5,7 +5,7 @@
 
 A pair's log-ratio is the difference of two tables' columns: `evaluate` reads two tables, `rank_pairs` M of them for all
 M (M - 1) pairs, and whoever comes later finds what is there. One model is in memory at a time. A pass that was stopped
-goes on where it was.
+goes on where it was. Of a model on servers nothing is kept: nobody knows its weights.
 """
 
 import json
@@ -114,6 +114,11 @@ class Model:
         return str(getattr(self.config, f"cdr_{self.role}"))
 
     @property
+    def is_served(self) -> bool:
+        """It is on servers."""
+        return self.role in self.config.served
+
+    @property
     def key(self) -> str:
         """What tells models apart."""
         return sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
@@ -121,22 +126,15 @@ class Model:
 
 def find_models(places: Sequence[tuple[CDRConfig, str]]) -> list[Model]:
     """
-    Find models, and what their log-probabilities depend on. Loads tokenizers alone.
+    Find models, and what their log-probabilities depend on. Loads tokenizers alone, and asks servers which they read.
 
     Args:
         places (`Sequence[tuple[CDRConfig, str]]`): A config and `"strong"` or `"weak"` for each. A model without a
             chat template reads that of the first one that has one.
 
     Raises:
-        ConfigError: a model is on a server, of whose weights nothing is known that a table could be kept by; and as
-            `load_pair`, as ModelError.
+        ConfigError, ModelError: as `load_pair`.
     """
-    for config, role in places:
-        if role in config.served:
-            raise ConfigError(
-                f"cdr_{role} is on a server: what a model gives is kept by its weights, and those are not known. Name "
-                "the model itself, or annotate the rows with the pair on servers."
-            )
     templates = [find_template(config, role) for config, role in places]
     first = next((template for template in templates if template is not None), None)
     return [
@@ -145,18 +143,28 @@ def find_models(places: Sequence[tuple[CDRConfig, str]]) -> list[Model]:
 
 
 def _find_model(config: CDRConfig, role: str, template: str | None) -> Model:
-    init_kwargs: Any = config.cdr_model_init_kwargs
-    source = find_source(config, role)
-    checkpoint = read_config(source.name, role, revision=source.revision, init_kwargs=init_kwargs)
     options = shareable_options(config)
     identity = {
         "format": _FORMAT,
-        "weights": source.identify(role, init_kwargs=init_kwargs),
-        "dtype": str(expected_dtype(checkpoint, config.cdr_dtype, find_device(config.cdr_device))),
+        **(_find_served(config, role) if role in config.served else _find_weights(config, role)),
         "template": None if template is None else sha256(template.encode()).hexdigest(),
         **{name: options[name] for name in _OPTIONS},
     }
     return Model(config, role, template, identity)
+
+
+def _find_weights(config: CDRConfig, role: str) -> dict[str, Any]:
+    init_kwargs: Any = config.cdr_model_init_kwargs
+    source = find_source(config, role)
+    checkpoint = read_config(source.name, role, revision=source.revision, init_kwargs=init_kwargs)
+    return {
+        "weights": source.identify(role, init_kwargs=init_kwargs),
+        "dtype": str(expected_dtype(checkpoint, config.cdr_dtype, find_device(config.cdr_device))),
+    }
+
+
+def _find_served(config: CDRConfig, role: str) -> dict[str, Any]:
+    return {"weights": None, "server": getattr(config, f"cdr_{role}")}
 
 
 class Passes:
@@ -179,7 +187,7 @@ class Passes:
 
     def read(self, model: Model, texts: Sequence[Text]) -> list[Entry]:
         """
-        What a model gives for texts, of which those are run that are not in its table yet.
+        What a model gives for texts, of which those are run that are not in its table yet; of one on servers, all.
 
         Args:
             model (`Model`): One of `find_models`.
@@ -189,10 +197,16 @@ class Passes:
             ConfigError: the folder can't be written, or its table can't be read.
             ModelError: see `load_pair`.
         """
+        distinct = {text.key: text for text in texts}
+        if model.is_served:
+            self.run += 1
+            asked = _run(model, list(distinct.values()))
+            table = {text.key: one for batch, entries in asked for text, one in zip(batch, entries, strict=True)}
+            return [table[text.key] for text in texts]
         path = self.folder / f"{model.key}.jsonl"
         with self._locked(path):
             table, size = _read_table(path)
-            left = list({text.key: text for text in texts if text.key not in table}.values())
+            left = [text for key, text in distinct.items() if key not in table]
             if left:
                 if self.run:  # the model before this one is to leave the memory before this one comes
                     clear_device_cache(garbage_collection=True)
@@ -249,8 +263,10 @@ def run_texts(member: Member, texts: Sequence[Text], config: CDRConfig) -> list[
     Args:
         member (`Member`): The model.
         texts (`Sequence[Text]`): As many as are to be packed together.
-        config (`CDRConfig`): Its gate says what else is kept, its `cdr_token_budget` how much is run at once.
+        config (`CDRConfig`): Its gate says what else is kept (of a model on servers nothing), its `cdr_token_budget`
+            how much is run at once.
     """
+    gate = "none" if member.is_served else config.cdr_gate
     rows: dict[int, Row] = {}
     entries: dict[int, Entry] = {}
     for place, text in enumerate(texts):
@@ -265,14 +281,14 @@ def run_texts(member: Member, texts: Sequence[Text], config: CDRConfig) -> list[
     found = member.per_token_logps(
         group_rows(list(rows.values()), constants),
         token_budget=config.cdr_token_budget,
-        reduce=gate_statistics(config.cdr_gate, member.final_ids),
+        reduce=gate_statistics(gate, member.final_ids),
     )
     for (place, row), statistics in zip(rows.items(), found, strict=True):
         logps = statistics if statistics.ndim == 1 else statistics[:, 0]  # (T,) nats
         if not logps.isfinite().all():
             entries[place] = Entry(error="a log-probability is not finite: weights are broken, or the type overflows")
             continue
-        said = examine(statistics, gate=config.cdr_gate, least_typicality=-config.typicality_bound, finished=True)
+        said = examine(statistics, gate=gate, least_typicality=-config.typicality_bound, finished=True)
         if not math.isfinite(said.get("typicality", 0.0)):
             said["typicality"] = None  # JSON has no word for it; it is gated
         entries[place] = Entry(logps=sum_logps(logps), n_tokens=len(logps), truncated=row.truncated, **said)

@@ -85,7 +85,8 @@ def load_pair(
 
 def load_member(config: CDRConfig, role: str, *, chat_template: str | None) -> Member:
     """
-    One model of a pair alone, by its name. There is nothing else to make room for, and `cdr_offload` means nothing.
+    One model of a pair alone, by its name or address. There is nothing else to make room for, and `cdr_offload` means
+    nothing.
 
     Args:
         config (`CDRConfig`): As for `load_pair`.
@@ -96,9 +97,13 @@ def load_member(config: CDRConfig, role: str, *, chat_template: str | None) -> M
         ConfigError, ModelError: as `load_pair`.
     """
     config = replace(config, cdr_offload="none")
+    if role in config.served:
+        asked = connect({role: getattr(config, f"cdr_{role}")})[role]
+        tokenizer = _load_own_tokenizer(config, role, asked, {})
+        asked.check(tokenizer, init_kwargs=config.cdr_model_init_kwargs)  # type: ignore[arg-type]
+        return _make_member(config, asked, tokenizer, role, template=chat_template)
     source = find_source(config, role)
-    name, revision = source.tokenizer
-    tokenizer = load_tokenizer(config, name, f"{role}_tokenizer", revision=revision)
+    tokenizer = _load_own_tokenizer(config, role, None, {role: source})
     lms = _load_models(config, {role: source.name}, {role: source}, base=None, turns=Turns())
     return _make_member(config, lms[role], tokenizer, role, template=chat_template)
 
@@ -107,8 +112,9 @@ def find_template(config: CDRConfig, role: str) -> str | None:
     """The chat template that a model has by itself, or by `cdr_chat_template`; errors as for `load_pair`."""
     if config.cdr_chat_template is not None:
         return _read_template(config.cdr_chat_template)
-    name, revision = find_source(config, role).tokenizer
-    return own_chat_template(load_tokenizer(config, name, f"{role}_tokenizer", revision=revision))
+    served = connect({role: getattr(config, f"cdr_{role}")}).get(role)
+    sources = {role: find_source(config, role)} if served is None else {}
+    return own_chat_template(_load_own_tokenizer(config, role, served, sources))
 
 
 def _make_member(
