@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import FAMILIES, V, build_family
+from lora import save_adapter, save_merged
 from tiny import byte_tokenizer, chat, llama
 
 from trl_cdr import CDRConfig, DensityRatioScorer, ModelError
@@ -153,6 +154,18 @@ def test_a_policy_is_loaded_by_name(pair, checkpoints, tmp_path):
     assert end_id(policy, chat("a")) == policy.encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
     with pytest.raises(ModelError, match="policy can't be loaded from"):
         load_policy(str(tmp_path / "none"), config, pair)
+
+
+def test_a_policy_that_is_an_adapter(pair, checkpoints, tokenizer, tmp_path):
+    """As a trainer with LoRA leaves it: the base is the one that it names."""
+    adapter = save_adapter(tmp_path / "adapter", checkpoints["weak"])
+    merged = save_merged(tmp_path / "merged", checkpoints["weak"], adapter, tokenizer)
+    config = CDRConfig("a", "b")
+    written = sample(load_policy(adapter, config, pair), per_prompt=8)
+    assert written == sample(load_policy(merged, config, pair), per_prompt=8)
+    assert written != sample(load_policy(checkpoints["weak"], config, pair), per_prompt=8)
+    with pytest.raises(ModelError, match="policy is .*, an adapter whose config names no base. Write base_model_name"):
+        load_policy(save_adapter(tmp_path / "b", checkpoints["weak"], names_base=False), config, pair)
 
 
 def test_a_revision_of_a_policy(pair, checkpoints, tmp_path):

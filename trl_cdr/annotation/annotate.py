@@ -14,11 +14,11 @@ from datasets import Dataset
 
 from ..config import CDRConfig
 from ..errors import ConfigError
-from ..scoring.checkpoint import identify_weights
 from ..scoring.encoding import Completion, Prompt
 from ..scoring.pair import Member
 from ..scoring.rewards import rewards_from_scores
 from ..scoring.scorer import DensityRatioScorer
+from ..scoring.sources import find_model
 from .annotate_report import show, summarise
 from .groups import SCHEMA, Strategy, check_group, label_group, read_group
 from .pair_options import check_router, known_options, loaded_options, row_domains
@@ -64,7 +64,9 @@ class AnnotateArguments(RunArguments):
     )
     policy: str | None = field(
         default=None,
-        metadata={"help": "Model that writes completions: name or path; with server, its name there."},
+        metadata={
+            "help": "Model (or LoRA adapter) that writes completions: name or path; with server, its name there."
+        },
     )
     policy_revision: str | None = field(
         default=None, metadata={"help": "Revision (branch, tag, commit) of the policy."}
@@ -186,7 +188,8 @@ class Policy:
             identity = f"{name} of a server"
         else:
             revision = self.arguments.policy_revision
-            identity = identify_weights(name, "policy", revision=revision, init_kwargs=init_kwargs)
+            source = find_model(name, "policy", revision=revision, init_kwargs=init_kwargs)
+            identity = source.identify("policy", init_kwargs=init_kwargs)
         return {"policy": name, "policy_identity": identity, "server": self.server and self.server.shown}
 
     def __call__(self, prompts: Sequence[Prompt], seeds: Sequence[str]) -> list[list[Completion]]:

@@ -11,6 +11,7 @@ A prompt is read once for all its completions.
 import hashlib
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..scoring.causal_lm import CausalLM
 from ..scoring.encoding import Completion, Encoder, Prompt, Unscorable, own_chat_template
 from ..scoring.pair import Member, Pair
 from ..scoring.pair_loading import load_tokenizer
+from ..scoring.sources import find_model
 
 _AT_ONCE = 64  # sequences
 
@@ -30,15 +32,18 @@ def load_policy(name: str, config: CDRConfig, pair: Pair, *, revision: str | Non
     A policy that only writes, loaded as the pair is.
 
     Args:
-        name (`str`): Name on the Hub or path.
+        name (`str`): Name on the Hub or path, of a model or of an adapter, whose base is then the one that it names.
         config (`CDRConfig`): The pair's, for type, device and template.
         pair (`Pair`): Its strong model's template serves a policy that has none.
         revision (`str`, *optional*): Branch, tag or commit.
 
     Raises:
         ModelError: it can't be loaded.
+        ConfigError: it is an adapter, and peft is not installed.
     """
-    tokenizer = load_tokenizer(config, name, "policy", revision=revision)
+    init_kwargs: Any = config.cdr_model_init_kwargs
+    source = find_model(name, "policy", revision=revision, init_kwargs=init_kwargs)
+    tokenizer = load_tokenizer(config, source.tokenizer[0], "policy", revision=source.tokenizer[1])
     encoder = Encoder(
         tokenizer,
         "policy",
@@ -46,14 +51,14 @@ def load_policy(name: str, config: CDRConfig, pair: Pair, *, revision: str | Non
         chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
         add_special_tokens=config.cdr_add_special_tokens,
     )
-    init_kwargs = config.cdr_model_init_kwargs
     lm = CausalLM.load(
-        name,
+        source.name,
         "policy",
-        revision=revision,
+        revision=source.revision,
         dtype=config.cdr_dtype,
         device=config.cdr_device,
-        init_kwargs=init_kwargs,  # type: ignore[arg-type]
+        init_kwargs=init_kwargs,
+        adapter=source.adapter,
     )
     return Member(lm, encoder, lm.num_positions)
 

@@ -170,19 +170,9 @@ def find_source(config: CDRConfig, role: str) -> Source:
     name, revision, adapter_name, adapter_revision = (
         getattr(config, f"cdr_{role}{part}") for part in ("", "_revision", "_adapter", "_adapter_revision")
     )
-    inner = _find_adapter(name, role, revision=revision, init_kwargs=init_kwargs)
     if adapter_name is None:
-        if inner is None:
-            return Source(name, revision, None)
-        if inner.base is None:
-            raise ModelError(
-                f"{role} is {name!r}, an adapter whose config names no base. Pass the base as cdr_{role} and this as "
-                f"cdr_{role}_adapter."
-            )
-        if _find_adapter(inner.base, role, revision=inner.base_revision, init_kwargs=init_kwargs) is not None:
-            raise _stacked(role, name, inner.base)
-        return Source(inner.base, inner.base_revision, inner)
-    if inner is not None:
+        return find_model(name, role, revision=revision, init_kwargs=init_kwargs)
+    if _find_adapter(name, role, revision=revision, init_kwargs=init_kwargs) is not None:
         raise _stacked(role, adapter_name, name)
     adapter = _find_adapter(adapter_name, f"{role}_adapter", revision=adapter_revision, init_kwargs=init_kwargs)
     if adapter is None:
@@ -195,6 +185,35 @@ def find_source(config: CDRConfig, role: str) -> Source:
     source = Source(name, revision, adapter)
     _check_base(source, role, init_kwargs)
     return source
+
+
+def find_model(
+    name: str, role: str, *, revision: str | None = None, init_kwargs: Mapping[str, Any] | None = None
+) -> Source:
+    """
+    The base, and the adapter where the name is one's: its base is then the one that its config names.
+
+    Args:
+        name (`str`): On the Hub, or a path.
+        role (`str`): `"strong"`, `"weak"` or `"policy"`, for messages.
+        revision (`str`, *optional*): Branch, tag or commit.
+        init_kwargs (`Mapping`, *optional*): Those that say where a repository is are heeded.
+
+    Raises:
+        ModelError: see `find_source`.
+    """
+    inner = _find_adapter(name, role, revision=revision, init_kwargs=init_kwargs)
+    if inner is None:
+        return Source(name, revision, None)
+    if inner.base is None:
+        other = "" if role == "policy" else f", or pass the base as cdr_{role} and this as cdr_{role}_adapter"
+        raise ModelError(
+            f"{role} is {name!r}, an adapter whose config names no base. Write base_model_name_or_path into its "
+            f"{_CONFIG}{other}."
+        )
+    if _find_adapter(inner.base, role, revision=inner.base_revision, init_kwargs=init_kwargs) is not None:
+        raise _stacked(role, name, inner.base)
+    return Source(inner.base, inner.base_revision, inner)
 
 
 def find_sources(config: CDRConfig) -> dict[str, Source]:
