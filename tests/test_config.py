@@ -86,7 +86,11 @@ def test_the_public_names_and_defaults():
         ("cdr_chat_template_kwargs", "[1]", "must spell a JSON object"),
         ("cdr_chat_template_kwargs", [1], r"cdr_chat_template_kwargs is \[1\] \(list\). It takes dict or str or None"),
         ("cdr_chat_template", "no/such/file.jinja", "no such file exists"),
-        ("cdr_chat_template_kwargs", {"tokenize": True}, "cdr_chat_template_kwargs has 'tokenize'"),
+        (
+            "cdr_chat_template_kwargs",
+            {"tokenize": True},
+            "has 'tokenize', which is not the template's to read: rendering sets it itself. Leave it out",
+        ),
         ("cdr_name", "my reward", "cdr_name is 'my reward'"),
         ("cdr_on_unscorable", "zero", "Use one of: auto, floor, none, raise"),
         ("cdr_add_special_tokens", "yes", "Use one of: auto, true, false"),

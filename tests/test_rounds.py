@@ -304,6 +304,20 @@ def test_dpo_with_all_prompts_in_python(options, checkpoints, quick, tmp_path):
         assert abs(margins[1]) > 1e-3
 
 
+def test_no_secret_is_kept(options, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(module, "train_round", None)
+    kwargs = {"token": "hf_SECRET", "attn_implementation": "eager"}
+    changed = {
+        **options,
+        "output_dir": str(tmp_path / "out"),
+        "min_margin": 1e6,
+        "model_init_kwargs": json.dumps(kwargs),
+    }
+    refused(changed)
+    kept = json.loads((tmp_path / "out" / "options.json").read_text())
+    assert kept["model_init_kwargs"] == {"attn_implementation": "eager"}
+
+
 def test_a_round_without_a_pair(options, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(module, "train_round", None)
     err = refused({**options, "output_dir": str(tmp_path / "out"), "min_margin": 1e6})
@@ -335,6 +349,7 @@ def test_a_round_without_a_pair(options, tmp_path, refused, monkeypatch):
         ),
         ({"num_generations": 1}, "num_generations is 1: a pair needs two"),
         ({"max_length": 12}, "max_length is 12 tokens of a prompt and its completion in training, and"),
+        ({"save_only_model": True}, "save_only_model is set: a training that is stopped could not go on"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"eval_strategy": "epoch"}, "eval_strategy is 'epoch', and eval_split is missing"),
         ({"eval_split": "test"}, "eval_split is 'test', and split is 'train': of "),

@@ -13,6 +13,7 @@ from vllm_stand_in import StandIn, closed_port
 
 from trl_cdr import CDRConfig, CDRReward, ConfigError, Criteria, DensityRatioScorer, DomainCriteria, ModelError
 from trl_cdr.annotation.evaluate import evaluate
+from trl_cdr.annotation.pair_options import known_options
 from trl_cdr.annotation.passes import Passes
 from trl_cdr.annotation.rank_pairs import RankOptions, rank_pairs
 from trl_cdr.doctor import examine, print_examination
@@ -329,6 +330,17 @@ def test_evaluate_and_rank_pairs_take_it(servers, checkpoints, tmp_path, roles):
     if "strong" in roles:
         ranked = rank_pairs([*places.values()], data, RankOptions(cdr_gate="none"), passes=passes)
         assert set(ranked["models"]) == set(places.values())
+
+
+def test_other_models_of_the_same_server_are_others():
+    """What was scored by one is not taken for the other's; where a server is does not matter."""
+    first, moved, other = (
+        known_options(DensityRatioScorer(f"vllm://{place}", "vllm://h:2/W", gate="none"))
+        for place in ("h:1/A", "elsewhere:1/A?timeout=9", "h:1/B")
+    )
+    assert first["strong_weights"] == moved["strong_weights"] == "A of a server"
+    assert other["strong_weights"] == "B of a server"
+    assert first["weak_weights"] == "W of a server"
 
 
 def prefixed(pair):

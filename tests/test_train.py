@@ -146,6 +146,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, run, tmp_path, capsy
     (whole / "checkpoint-4" / "trainer_state.json").unlink()  # the job was killed while it saved
     (whole / "checkpoint-best").mkdir()
     (whole / "checkpoint-best" / "trainer_state.json").write_text("{}")
+    (whole / "checkpoint-9").mkdir()
+    (whole / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9, "log_his')  # and here
     capsys.readouterr()
     assert run(options, "--resume_from_checkpoint", "true")[1] == 4
     assert f"resuming from {whole}/checkpoint-2\n" in capsys.readouterr().err

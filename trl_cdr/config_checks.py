@@ -148,7 +148,7 @@ def _check_template(config: Any) -> None:
     if reserved:
         raise ConfigError(
             f"cdr_chat_template_kwargs has {reserved[0]!r}, which is not the template's to read: rendering sets it "
-            "itconfig. Leave it out."
+            "itself. Leave it out."
         )
     if config.cdr_chat_template is not None and not Path(config.cdr_chat_template).is_file():
         raise ConfigError(

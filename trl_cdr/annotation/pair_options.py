@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import shareable_options
 from ..scoring.scorer import DensityRatioScorer
-from ..scoring.sources import find_sources
+from ..scoring.sources import find_sources, read_served
 from .reader import Row, Source
 
 
@@ -24,6 +24,10 @@ def known_options(scorer: DensityRatioScorer) -> dict[str, Any]:
         **{
             f"{role}_weights": source.identify(role, init_kwargs=init_kwargs)
             for role, source in find_sources(config).items()
+        },
+        **{
+            f"{role}_weights": f"{read_served(getattr(config, f'cdr_{role}'), role).model} of a server"
+            for role in config.served
         },
         "criteria_sha256": None if scorer.criteria is None else scorer.criteria.digest,
         "chat_template_sha256": None if template is None else hashlib.sha256(Path(template).read_bytes()).hexdigest(),

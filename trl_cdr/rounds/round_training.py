@@ -5,6 +5,7 @@ round-2/policy/      the model and its tokenizer: there as a whole, or not at al
 """
 
 import copy
+import errno
 import gc
 import json
 import shutil
@@ -24,10 +25,12 @@ from ..errors import CDRError, ConfigError
 from ..scoring.adapters import merge
 from ..scoring.encoding import own_chat_template
 from ..scoring.loading import hub_kwargs, load_model
-from ..training.train import find_checkpoint, policy_init_kwargs
+from ..training.train import find_checkpoint, policy_init_kwargs, say
 from .rounds_arguments import RoundsArguments
 
 POLICY, TRAINING, PAIRS, EVAL_PAIRS = "policy", "training", "pairs", "eval-pairs"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+_ENDS = 2  # tokens that TRL may add to what the template renders: one before, one behind
 _DISK = ("I/O error", "inline_container", "iostream")  # safetensors, torch, torch again
 _CACHE = ".cache"  # of the pairs as arrays, and of their tokens
 
@@ -68,6 +71,10 @@ def train_round(
     args = copy.copy(training_args)
     args.output_dir, args.seed = str(folder / TRAINING), seed
     args.model_init_kwargs = policy_init_kwargs(training_args, model_args)
+    if policy != model_args.model_name_or_path:  # where the first one lay is not where its successors do
+        args.model_init_kwargs = {
+            name: value for name, value in args.model_init_kwargs.items() if name not in ("revision", "subfolder")
+        }
     args.resume_from_checkpoint = any((folder / TRAINING).glob("checkpoint-*")) or None
     if arguments.trainer == "cpo":  # it says "auto" also under accelerate launch, which accelerate refuses
         args.model_init_kwargs = {"device_map": None} | args.model_init_kwargs
@@ -75,7 +82,9 @@ def train_round(
     tokenizer = load_policy_tokenizer(policy, kwargs, chat_template)
     with args.main_process_first(desc="load the pairs"):
         names = [PAIRS, *([] if args.eval_strategy == "no" else [EVAL_PAIRS])]
-        pairs = [load_pairs(folder, name, chat_template_kwargs) for name in names]
+        pairs = [
+            leave_out_long(load_pairs(folder, name, chat_template_kwargs), tokenizer, args.max_length) for name in names
+        ]
     set_seed(seed)  # TRL 1.0 draws an adapter's first weights before it sets one; drop with the floor
     try:
         trainer = arguments.trainer_class(
@@ -103,6 +112,7 @@ def train_round(
         if model_args.use_peft:
             _save_merged(policy, folder / TRAINING, partial, kwargs)
             tokenizer.save_pretrained(partial)
+        check_saved(partial)
         partial.replace(folder / POLICY)
         shutil.rmtree(folder / TRAINING / _CACHE, ignore_errors=True)
     state.wait_for_everyone()
@@ -119,14 +129,69 @@ def on_a_full_disk(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: what is written inside can't be.
     """
-    with writing(folder):
-        try:
-            yield
-        except Exception as error:
-            is_the_disk = isinstance(error.__cause__, OSError) or any(word in str(error) for word in _DISK)
-            if isinstance(error, CDRError) or not is_the_disk:
-                raise
-            raise OSError(" ".join(str(error.__cause__ or error).split())) from error
+    try:
+        yield
+    except CDRError:
+        raise
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        is_the_disk = isinstance(cause, OSError) and cause.errno in _DISK_ERRORS
+        if not is_the_disk and not any(word in str(error) for word in _DISK):
+            raise
+        with writing(folder):
+            raise OSError(" ".join(str(cause or error).split())) from error
+
+
+def check_saved(folder: Path) -> None:
+    """
+    Whether a policy was saved with its weights.
+
+    Args:
+        folder (`Path`): Where it was saved to.
+
+    Raises:
+        ConfigError: it was not: a trainer that shards weights saves them in a form of its own, or none at all.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"the trainer saved no weights to {str(folder)!r}, which shards them: set fsdp_state_dict_type: "
+            "FULL_STATE_DICT with FSDP, stage3_gather_16bit_weights_on_model_save: true with ZeRO-3, and run again."
+        )
+
+
+def leave_out_long(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
+    """
+    The pairs that a trainer need not cut: a completion without its end would be learned as if it had none.
+
+    Args:
+        pairs (`Dataset`): `prompt`, `chosen`, `rejected`, and maybe the template's variables.
+        tokenizer: The policy's.
+        max_length (`int` or `None`): The trainer's, tokens of a prompt and its completion. `None`: there is no limit.
+
+    Raises:
+        ConfigError: all of them are longer.
+    """
+    if max_length is None:
+        return pairs
+
+    def fits(row: Mapping[str, Any]) -> bool:
+        kwargs = row.get("chat_template_kwargs") or {}
+        texts = [
+            tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False, **kwargs)
+            for side in ("chosen", "rejected")
+        ]
+        lengths = map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])
+        return max(lengths) + _ENDS <= max_length
+
+    kept = pairs.filter(fits)
+    if len(kept) < len(pairs):
+        say(f"{len(pairs) - len(kept)} of {len(pairs)} pairs are longer than max_length ({max_length}) and left out")
+    if not len(kept):
+        raise ConfigError(
+            f"max_length is {max_length} tokens of a prompt and its completion, and all of {len(pairs)} pairs have "
+            "more. Pass a larger max_length, and another output_dir."
+        )
+    return kept
 
 
 def load_policy_tokenizer(
@@ -182,12 +247,13 @@ def read_log(folder: Path) -> dict[str, Any]:
 
     Returns:
         `dict`: `steps`; `loss`, the mean of all logs; `accuracy`, the last log's share of pairs whose chosen completion
-        the policy prefers; `eval_loss` and `eval_accuracy` of the last evaluation. `None` where nothing was logged.
+        the policy prefers; `eval_loss` and `eval_accuracy` of the last evaluation. `None` where nothing was logged, or
+        the log was removed.
     """
-    state = json.loads((folder / TRAINING / "trainer_state.json").read_bytes())
+    path = folder / TRAINING / "trainer_state.json"
+    state = json.loads(path.read_bytes()) if path.exists() else {"log_history": [], "global_step": None}
     history = state["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    losses = losses or [entry["train_loss"] for entry in history if "train_loss" in entry]
     last = {name: value for entry in history for name, value in entry.items()}
     return {
         "steps": state["global_step"],

@@ -15,6 +15,7 @@ TRL's checkpoints are what a run that was killed goes on from.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from ..annotation.pipeline import Job, open_input, run
 from ..annotation.reader import Source, every, read_rows
 from ..annotation.score_folder import OPTIONS, SUMMARY, check_options, check_ours, hold, write_json, writing
 from ..config import CDRConfig
+from ..config_checks import LOCAL_ARGUMENTS
 from ..errors import ConfigError, InputError
 from ..scoring.pair_loading import find_template
 from ..scoring.scorer import DensityRatioScorer
@@ -101,7 +103,7 @@ def run_rounds(
     policy = _check_arguments(arguments, pairs_args, training_args, model_args, cdr_args)
     init_kwargs = policy_init_kwargs(training_args, model_args)
     check_models(cdr_args, policy, init_kwargs)
-    template = _find_template(cdr_args)
+    template = find_template(cdr_args, "strong")
     load_policy_tokenizer(policy, init_kwargs, template)
     scorer = DensityRatioScorer.from_config(cdr_args, training_args)
     source, held_out = _open(arguments, pairs_args, scorer, data)
@@ -162,9 +164,11 @@ class _Rounds:
 
     def options(self, processes: int) -> dict[str, Any]:
         """What the rounds depend on."""
-        training = self.training_args.to_dict().items()
+        training = self.training_args.to_dict()
+        kwargs = training.get("model_init_kwargs") or {}
+        training["model_init_kwargs"] = {name: kwargs[name] for name in kwargs if name not in LOCAL_ARGUMENTS}
         found = {
-            **{name: value for name, value in training if not name.startswith(_WITHOUT_EFFECT)},
+            **{name: value for name, value in training.items() if not name.startswith(_WITHOUT_EFFECT)},
             **{
                 each.name: getattr(self.model_args, each.name) for each in fields(ModelConfig) if each.name not in _RUNS
             },
@@ -214,13 +218,18 @@ class _Rounds:
         return int(self.training_args.seed) + number - 1
 
     def _annotation(self, number: int, name: str) -> AnnotateArguments:
-        """What pairs of a round are made with."""
+        """What pairs of a round are made with. A shard is at most a process's share: nobody waits for a long one."""
+        prompts = self.held_out if name == EVAL_PAIRS and self.held_out is not None else self.source
+        rows = prompts.num_rows if name == EVAL_PAIRS else prompts.num_rows // self.arguments.share
+        most = max(1, math.ceil(rows / PartialState().num_processes))
+        first = policy_init_kwargs(self.training_args, self.model_args)
         return arguments_of_a_round(
             self.pairs_args,
             output_dir=str(self.place(number) / name),
             policy=self.policy(number),
-            policy_revision=self.model_args.model_revision if number == 1 else None,
+            policy_revision=first.get("revision") if number == 1 else None,
             seed=self._seed(number),
+            shard_size=min(self.pairs_args.shard_size, most),
         )
 
     def _job(self, arguments: AnnotateArguments) -> Job:
@@ -238,7 +247,8 @@ class _Rounds:
         free_memory()  # of the policy that wrote
         PartialState().wait_for_everyone()
         found = _read(Path(arguments.output_dir) / SUMMARY)
-        if not found["pairs"]:
+        is_needed = name == PAIRS or self.training_args.eval_strategy != "no"
+        if is_needed and not found["pairs"]:
             skipped = ", ".join(f"{why}: {count}" for why, count in found["skipped"].items() if count)
             raise ConfigError(
                 f"round {number} has no pair in {name}, of {found['rows']} prompts ({skipped}). Use a smaller "
@@ -288,6 +298,13 @@ def _check_arguments(
             f"max_completion_length is {pairs_args.max_completion_length}: completions would be cut off. Pass a larger "
             "max_length."
         )
+    if training_args.max_length is None and arguments.trainer == "cpo":
+        raise ConfigError("max_length is None, for which TRL's CPOTrainer takes 512. Pass a number of tokens.")
+    if training_args.save_only_model:
+        raise ConfigError(
+            "save_only_model is set: a training that is stopped could not go on where it was. Leave it out; "
+            "save_total_limit keeps few checkpoints."
+        )
     if training_args.eval_strategy != "no" and arguments.eval_split is None:
         raise ConfigError(
             f"eval_strategy is {str(training_args.eval_strategy.value)!r}, and eval_split is missing: the split of "
@@ -303,12 +320,6 @@ def _check_arguments(
     except (ImportError, ValueError) as error:
         raise ConfigError(f"use_peft is set, and there can be no adapter: {error}") from error
     return str(model_args.model_name_or_path)
-
-
-def _find_template(cdr_args: CDRConfig) -> str | None:
-    """The chat template of a policy that has none: the strong model's, where that is here."""
-    is_elsewhere = "strong" in cdr_args.served and cdr_args.cdr_chat_template is None
-    return None if is_elsewhere else find_template(cdr_args, "strong")
 
 
 def _open(

@@ -204,13 +204,23 @@ def find_checkpoint(training_args: Any) -> str | None:
             raise ConfigError(f"resume_from_checkpoint is {wanted!r}, and no such folder exists. Pass a checkpoint-N.")
         return str(wanted)
     folder = Path(training_args.output_dir)
-    names = [path.parent.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*/trainer_state.json")]
+    states = filter(_is_whole, folder.glob("checkpoint-*/trainer_state.json"))
+    names = [path.parent.name.removeprefix("checkpoint-") for path in states]
     last = max((int(name) for name in names if name.isdigit()), default=None)
     if last is None:
         say(f"no checkpoint in {folder}: starting anew")
         return None
     say(f"resuming from {folder / f'checkpoint-{last}'}")
     return str(folder / f"checkpoint-{last}")
+
+
+def _is_whole(state: Path) -> bool:
+    """Whether a checkpoint's `trainer_state.json` was written to its end."""
+    try:
+        json.loads(state.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def check_models(cdr_args: CDRConfig, policy: str, policy_init_kwargs: Mapping[str, Any]) -> None:
