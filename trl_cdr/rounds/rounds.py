@@ -218,10 +218,7 @@ class _Rounds:
         return int(self.training_args.seed) + number - 1
 
     def _annotation(self, number: int, name: str) -> AnnotateArguments:
-        """What pairs of a round are made with. A shard is at most a process's share: nobody waits for a long one."""
-        prompts = self.held_out if name == EVAL_PAIRS and self.held_out is not None else self.source
-        rows = prompts.num_rows if name == EVAL_PAIRS else prompts.num_rows // self.arguments.share
-        most = max(1, math.ceil(rows / PartialState().num_processes))
+        """What pairs of a round are made with."""
         first = policy_init_kwargs(self.training_args, self.model_args)
         return arguments_of_a_round(
             self.pairs_args,
@@ -229,7 +226,6 @@ class _Rounds:
             policy=self.policy(number),
             policy_revision=first.get("revision") if number == 1 else None,
             seed=self._seed(number),
-            shard_size=min(self.pairs_args.shard_size, most),
         )
 
     def _job(self, arguments: AnnotateArguments) -> Job:
@@ -243,6 +239,8 @@ class _Rounds:
             ConfigError: there are none.
         """
         arguments = self._annotation(number, name)
+        most = math.ceil(prompts.num_rows / PartialState().num_processes)  # so that nobody waits for a long one
+        arguments = replace(arguments, shard_size=max(1, min(arguments.shard_size, most)))
         run(arguments, prompts, self._job(arguments))
         free_memory()  # of the policy that wrote
         PartialState().wait_for_everyone()

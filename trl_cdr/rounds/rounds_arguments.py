@@ -134,10 +134,10 @@ def arguments_of_a_round(arguments: PairsArguments, **own: Any) -> AnnotateArgum
 
     Args:
         arguments (`PairsArguments`): Of all rounds.
-        **own: Those that the round sets itself, in their place.
+        **own: Those that the round sets itself.
     """
     shared = {each.name: getattr(arguments, each.name) for each in fields(PairsArguments) if each.init}
-    return AnnotateArguments(**{**shared, **own})
+    return AnnotateArguments(**shared, **own)
 
 
 def known_losses(training_args: Any) -> list[str]:
