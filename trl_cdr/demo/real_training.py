@@ -103,6 +103,8 @@ def train_policy(
         options = {**_OPTIONS[loop], **options}
         bar = bars.add_task(name, total=options["max_steps"])
         policy = load_policy(model)
+        # The head gets a view: torch would multiply it sequence by sequence, each with a copy of the frozen weights.
+        policy.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         watched = Watched(reward, end_ids=end_ids(policy, tokenizer), advance=lambda: bars.advance(bar))
         run = trainer(
             model=policy,
