@@ -256,6 +256,23 @@ def test_what_has_no_effect_may_change(options, whole, monkeypatch):
     run({**options, "logging_steps": 7, "save_steps": 9, "batch_size": 1, "report_to": ["none"], "run_name": "b"})
 
 
+def test_what_chooses_the_best_may_not(options, tmp_path, refused, monkeypatch):
+    def stop(*args, **kwargs):
+        raise ConfigError("stopped")
+
+    monkeypatch.setattr(module._Rounds, "run", stop)
+    (tmp_path / "input").mkdir()
+    for split in ("train", "test"):
+        rows = [json.dumps({"prompt": chat(f"{prompt} {split}")}) for prompt in PROMPTS[:2]]
+        (tmp_path / "input" / f"{split}.jsonl").write_text("\n".join(rows))
+    changed = {"input": str(tmp_path / "input"), "eval_split": "test", "output_dir": str(tmp_path / "out")}
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 2}
+    assert "stopped" in refused({**options, **changed, **best})
+    assert "save_steps=2, and now it is 3" in refused({**options, **changed, **best, "save_steps": 3})
+    assert "eval_steps=1, and now it is 2" in refused({**options, **changed, **best, "eval_steps": 2})
+    assert "stopped" in refused({**options, **changed, **best, "logging_steps": 3})
+
+
 @pytest.mark.compat
 def test_dpo_with_all_prompts_in_python(options, checkpoints, quick, tmp_path):
     """The reference is the policy that a round finds; a finished run gets a round more; a policy without template."""

@@ -60,6 +60,7 @@ _WITHOUT_EFFECT = (
     "average_tokens_across_devices",  # it follows the number of processes, which is compared
     *("dataloader_persistent_workers", "use_cpu", "no_cuda", "include_", "torch_empty_cache_steps", "local_rank"),
 )
+_CHOOSE_THE_BEST = ("save_", "eval_")  # with load_best_model_at_end they decide on the weights, too
 # Of `ModelConfig`: what names the policy, whose weights are compared, and how it is run.
 _RUNS = ("model_name_or_path", "model_revision", "attn_implementation", "trust_remote_code")
 
@@ -167,8 +168,10 @@ class _Rounds:
         training = self.training_args.to_dict()
         kwargs = training.get("model_init_kwargs") or {}
         training["model_init_kwargs"] = {name: kwargs[name] for name in kwargs if name not in LOCAL_ARGUMENTS}
+        decides = _CHOOSE_THE_BEST if self.training_args.load_best_model_at_end else ()
+        without_effect = tuple(name for name in _WITHOUT_EFFECT if name not in decides)
         found = {
-            **{name: value for name, value in training.items() if not name.startswith(_WITHOUT_EFFECT)},
+            **{name: value for name, value in training.items() if not name.startswith(without_effect)},
             **{
                 each.name: getattr(self.model_args, each.name) for each in fields(ModelConfig) if each.name not in _RUNS
             },
