@@ -18,7 +18,7 @@ def _small(monkeypatch):
 
 def test_bench_prints_an_adapter_pair_beside_merged_models(checkpoints, capsys):
     arguments = ["bench", "--workload", "adapter_pair", "--runs", "1"]
-    arguments += ["--cdr_strong", checkpoints["strong"], "--cdr_weak", checkpoints["strong"]]
+    arguments += ["--cdr_strong", checkpoints["strong"]]
     main([*arguments, "--json"])
     result = json.loads(capsys.readouterr().out)
     assert [case["label"] for case in result["cases"]] == [shape.label for shape in SHAPES]

@@ -227,6 +227,8 @@ def test_the_command(tmp_path, checkpoints, capsys, read):
         ({"server": "http://a"}, "and policy is missing"),
         ({"num_generations": 1}, "num_generations is 1: a pair needs two"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),
+        ({"max_completion_length": 20.0}, "max_completion_length is 20.0. Use a whole number"),
+        ({"num_generations": "8"}, "num_generations is '8'. Use a whole number"),
         ({"temperature": 0}, "temperature is 0"),
         ({"min_margin": -1}, "min_margin is -1"),
         ({"pair_strategy": "best"}, "pair_strategy is 'best'. Use one of: "),

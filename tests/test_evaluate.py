@@ -287,6 +287,10 @@ def test_bad_arguments(config, passes, run, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_one_word_of_yaml_is_a_list():
+    assert EvaluateArguments("a.jsonl", candidates="b,c") == EvaluateArguments(["a.jsonl"], candidates=["b,c"])
+
+
 def test_the_selftest(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "--selftest"])

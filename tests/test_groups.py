@@ -87,6 +87,12 @@ def test_equal_completions_count_once():
     ]
 
 
+@pytest.mark.parametrize("finished", [[True, None, True], [None, True, None]])
+def test_equal_completions_count_once_where_the_end_of_one_is_not_known(finished):
+    texts = ["x", "x", "y"]
+    assert pairs(label([1.0, -2.0, 0.0], texts=texts, finished=finished, strategy="all_pairs")) == [(0, 2)]
+
+
 def test_a_cut_off_completion_is_in_no_pair():
     assert pairs(label([5.0, 1.0, 0.0, -3.0], finished=[False, True, None, False])) == [(1, 2)]
 
@@ -144,6 +150,7 @@ def test_what_a_row_may_hold(prompt, completions):
         ({"prompt": "a", "completions": ["b", "b"]}, "has 2 completions that are all equal"),
         ({"prompt": "a", "completions": ["b", None]}, "the completion is None"),
         ({"prompt": "a", "completions": ["b", "c"], "finished": [True]}, "has finished: \\[True\\]"),
+        ({"prompt": "a", "completions": ["b", "c"], "finished": [[True], [False]]}, "has finished: \\[\\[True\\]"),
     ],
 )
 def test_what_it_may_not(row, reason):

@@ -67,6 +67,8 @@ def test_labels_choose_the_candidate_that_agrees():
     assert [share[0] for share in found["candidates"].values()] == [1, 2 / 3, 0, 0]
     assert (found["best"], found["labels"], found["unknown"]) == ("four", 3, 1)
     assert found["lead"] == [pytest.approx(1 / 3), 0.0, 1.0]
+    as_pandas_writes = [{**one, "better": float(one["better"])} for one in labels]
+    assert choose(MARGINS, preferences(), as_pandas_writes, seed=0)["candidates"] == found["candidates"]
     with pytest.raises(InputError, match="no label names a pair of the data"):
         choose(MARGINS, preferences(), [{"id": "0", "completions": ["a", "b"], "better": 0}], seed=0)
 

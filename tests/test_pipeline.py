@@ -8,6 +8,8 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 from datasets import load_dataset
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 
 from trl_cdr import ConfigError, InputError
 from trl_cdr.annotation.pipeline import Job, RunArguments, run
@@ -246,6 +248,28 @@ def test_a_hub_that_can_not_be_reached(start, tmp_path, monkeypatch):
     assert len(shards(tmp_path / "out")) == 5
     assert (tmp_path / "out" / "README.md").exists()
     assert start()["rows"] == 23
+
+
+def test_what_is_pushed_replaces_what_was_pushed(start, tmp_path, monkeypatch):
+    """By what the Hub's client is asked for: files that match `delete_patterns` go, unless they come again."""
+    asked = {}
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: asked.update(options))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: asked.update(options))
+    start(push_to_hub="a/b")
+    assert (asked["repo_id"], asked["folder_path"], asked["private"]) == ("a/b", tmp_path / "out", True)
+    earlier = ["README.md", "LICENSE", "options.json", *(f"data/train-{shard:06d}.parquet" for shard in range(9))]
+    gone = [*filter_repo_objects(earlier, allow_patterns=asked["delete_patterns"])]
+    assert gone == earlier[3:]
+    files = [str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")]
+    sent = {*filter_repo_objects(files, allow_patterns=asked["allow_patterns"])}
+    assert sent == {"README.md", "options.json", "summary.json", *gone[:5]}
+
+
+def test_a_value_that_the_column_can_not_hold(start, tmp_path):
+    beyond = replace(JOB, label=lambda rows: Labelled(rows=[{"y": 2**70}], counts={"": {"rows": 1}}))
+    with pytest.raises(InputError, match="rows 0 to 4 hold a value that the columns of all rows can't"):
+        start(beyond)
+    assert not [*tmp_path.glob("out/data/*")]
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,8 @@ def test_performance_is_read(tmp_path):
 def test_bad_arguments(models, passes, tmp_path):
     with pytest.raises(ConfigError, match="models names 1. Name two or more."):
         RankArguments(["x"], models=["a"])
+    with pytest.raises(ConfigError, match="models names 1. Name two or more."):
+        RankArguments(["x"], models="some/name")  # as YAML has it
     with pytest.raises(ConfigError, match="which are the same weights"):
         rank_pairs([models[0], models[1], models[0]], preferences(), passes=Passes(passes))
     (tmp_path / "own.toml").write_text('[one]\ninstruction = "a"\n[two]\ninstruction = "b"\n')

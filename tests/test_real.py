@@ -48,6 +48,8 @@ def test_without_peft_the_command_is_named(monkeypatch):
     [
         (None, r"data is '.*pairs.jsonl', which can't be read: No such file"),
         ('{"prompt": "a", "chosen": "b"}\n', r"data is '.*pairs.jsonl', which has no column rejected"),
+        ("", r"data is '.*pairs.jsonl', which is no JSONL: it is empty"),
+        ('{"prompt": ', r"data is '.*pairs.jsonl', which is no JSONL: "),
     ],
 )
 def test_pairs_of_a_file_that_is_none(checkpoints, tmp_path, monkeypatch, content, message):

@@ -1,6 +1,7 @@
 """Rounds by a real pair, tiny as it is: what each leaves, what a run that was stopped ends with, what is refused."""
 
 import json
+import math
 import resource
 import shutil
 import signal
@@ -271,6 +272,16 @@ def test_what_chooses_the_best_may_not(options, tmp_path, refused, monkeypatch):
     assert "save_steps=2, and now it is 3" in refused({**options, **changed, **best, "save_steps": 3})
     assert "eval_steps=1, and now it is 2" in refused({**options, **changed, **best, "eval_steps": 2})
     assert "stopped" in refused({**options, **changed, **best, "logging_steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("rows", "processes", "most", "size"), [(5000, 8, 512, 313), (5000, 1, 512, 500), (7, 2, 512, 4), (3, 8, 2, 1)]
+)
+def test_processes_that_wait_for_each_other_have_equal_shards(rows, processes, most, size):
+    assert module.even_shards(rows, processes, most) == size
+    shards = math.ceil(rows / size)
+    assert size <= most
+    assert shards <= processes * math.ceil(rows / processes / most)
 
 
 @pytest.mark.compat

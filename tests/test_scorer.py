@@ -512,6 +512,8 @@ def test_columns_of_the_call_must_be_equally_long(checkpoints):
 def test_domains_come_back(strong, weak, tokenizer):
     scores = make_scorer(strong, weak, tokenizer).score(["a", "b"], ["c", None], domains=["math", None])
     assert [score.domain for score in scores] == ["math", None]
+    [number] = make_scorer(strong, weak, tokenizer).score(["a"], ["c"], domains=[3])  # of a ClassLabel
+    assert number.domain == "3"
 
 
 def test_conversations_need_a_template(strong, weak, tmp_path):

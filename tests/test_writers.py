@@ -10,8 +10,9 @@ import torch
 from families import FAMILIES, V, build_family
 from lora import save_adapter, save_merged
 from tiny import byte_tokenizer, chat, llama
+from transformers import GenerationConfig
 
-from trl_cdr import CDRConfig, DensityRatioScorer, ModelError
+from trl_cdr import CDRConfig, ConfigError, DensityRatioScorer, ModelError
 from trl_cdr.annotation import writers
 from trl_cdr.annotation.writers import end_id, load_policy, prompt_ids, write
 from trl_cdr.scoring.causal_lm import CausalLM
@@ -131,11 +132,53 @@ def test_the_end_of_the_turn_ends_a_sample(tokenizer, weak):
     assert not any("<|im_end|>" in one.text for one in several)
 
 
-def test_prompts_that_can_not_be_read_or_fill_the_positions(pair):
+def test_prompts_that_can_not_be_read_or_leave_no_room(pair):
+    longest = pair.strong.max_length
+    length = len(prompt_ids(pair.strong, chat("hello")))
     groups = sample(pair.strong, [chat("\ud800"), "word " * 400, "hello"], per_prompt=1)
-    assert [len(group) for group in groups] == [0, 1, 1]
-    [[one]] = sample(pair.strong, ["word " * 400], per_prompt=1, max_new_tokens=10_000)
-    assert one.text
+    assert [len(group) for group in groups] == [0, 0, 1]
+    assert [len(group) for group in sample(pair.strong, [chat("hello")], max_new_tokens=longest - length)] == [2]
+    assert sample(pair.strong, [chat("hello")], max_new_tokens=longest - length + 1) == [[]]
+    with pytest.raises(ConfigError, match=f"may have {longest} tokens, and the model that writes takes {longest} with"):
+        sample(pair.strong, ["hello"], max_new_tokens=longest)
+
+
+@pytest.mark.parametrize(
+    "shaped",
+    [
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": [*range(40, 110)]},
+        {"min_new_tokens": 6},
+        {"num_beams": 2},
+        {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
+        {"use_cache": False},
+    ],
+    ids=lambda shaped: next(iter(shaped)),
+)
+def test_a_model_s_own_way_to_generate_is_left_aside(shaped, pair):
+    model = pair.strong.lm.model
+    plain = sample(pair.strong, per_prompt=8, max_new_tokens=24)
+    own = model.generation_config
+    model.generation_config = GenerationConfig(**{**own.to_dict(), **shaped})
+    given = model.generation_config
+    try:
+        assert sample(pair.strong, per_prompt=8, max_new_tokens=24) == plain
+        assert model.generation_config is given
+    finally:
+        model.generation_config = own
+
+
+def test_where_the_model_s_own_generation_ends_a_sample_ends(tokenizer, weak, quick):
+    pair = DensityRatioScorer(quick, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer).load()
+    before = sample(pair.strong, per_prompt=16, max_new_tokens=24)
+    pad = tokenizer.convert_tokens_to_ids("<|pad|>")
+    model = pair.strong.lm.model
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, pad]  # a special token that nothing else names
+    assert pad in pair.strong.final_ids
+    assert sum(one.finished for group in sample(pair.strong, per_prompt=16, max_new_tokens=24) for one in group) >= sum(
+        one.finished for group in before for one in group
+    )
 
 
 def test_a_model_without_an_end_token(strong, weak):

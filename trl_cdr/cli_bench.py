@@ -26,7 +26,7 @@ def bench(argv: list[str], *, description: str) -> None:
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: its profiler reports its starts on stderr
     args = _read(argv, description)
-    _, run = _WORKLOADS.get(args.workload, ("", _rows))
+    run = _WORKLOADS[args.workload][2] if args.workload in _WORKLOADS else _rows
     result, show = run(args)
     print(json.dumps(result, indent=2)) if args.json else show(result)
 
@@ -93,34 +93,55 @@ def _real(args: argparse.Namespace) -> Shown:
     return run_real(args.output_dir, model=args.model, data=args.data), lambda _: None  # it says where its results are
 
 
-# Beside those of `bench.workloads`: what they measure, and how.
-_WORKLOADS: dict[str, tuple[str, Callable[[argparse.Namespace], Shown]]] = {
-    "pair_step": ("forward and backward of SimPO and DPO, beside TRL's own trainers", _pair_step),
-    "adapter_pair": ("a base and an adapter on it, beside the same pair as two models", _adapter_pair),
+_RANDOM = ("model", "cdr_dtype", "attention", "runs", "json")
+_READS = (*_RANDOM, "cdr_strong", "cdr_weak")
+"""Arguments of those of `bench.workloads`."""
+# Beside them: what they measure, which arguments they read, and how.
+_WORKLOADS: dict[str, tuple[str, tuple[str, ...], Callable[[argparse.Namespace], Shown]]] = {
+    "pair_step": (
+        "forward and backward of SimPO and DPO, beside TRL's own trainers",
+        (*_RANDOM, "cdr_strong"),
+        _pair_step,
+    ),
+    "adapter_pair": (
+        "a base and an adapter on it, beside the same pair as two models",
+        (*_RANDOM, "cdr_strong"),
+        _adapter_pair,
+    ),
     "memory": (
         "a pair that stays, or sleeps between calls: peaks, and seconds to wake (with llama-8b on a GPU)",
+        _RANDOM,
         _memory,
     ),
-    "annotate": ("rows a second and memory without models, and what runs end with that are killed", _annotate),
-    "gaming": ("policies trained on the plain and on gated rewards (hours)", _gaming),
+    "annotate": (
+        "rows a second and memory without models, and what runs end with that are killed",
+        ("json",),
+        _annotate,
+    ),
+    "gaming": ("policies trained on the plain and on gated rewards (hours)", ("json",), _gaming),
     "alarms": (
         "runs by which the monitor is judged, healthy and collapsing (hours; goes on where it was)",
+        ("output_dir",),
         _alarms,
     ),
-    "optimum": ("what a policy converges to, by weighted samples and by training (20 minutes)", _optimum),
+    "optimum": ("what a policy converges to, by weighted samples and by training (20 minutes)", ("json",), _optimum),
     "real": (
         "a real model's pair, its labels, gates, and policies trained on it (hours; goes on where it was)",
+        ("model", "data", "output_dir"),
         _real,
     ),
 }
+_DEFAULTS = {"output_dir": "./trl-cdr-bench", "cdr_dtype": "auto", "attention": "sdpa", "runs": 5, "json": False}
 
 
 def _read(argv: list[str], description: str) -> argparse.Namespace:
     from .bench.workloads import MODELS, WORKLOADS
 
-    about = {name: what for name, (what, _) in [*WORKLOADS.items(), *_WORKLOADS.items()]}
+    about = {name: what for name, (what, *_) in [*WORKLOADS.items(), *_WORKLOADS.items()]}
     named = "; ".join(f"{name}: {what}" for name, what in about.items())
-    parser = argparse.ArgumentParser(prog="trl-cdr bench", description=description)
+    parser = argparse.ArgumentParser(
+        prog="trl-cdr bench", description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
     parser.add_argument("--workload", choices=[*about], default="table", help=f"which rows ({named}); default: table")
     parser.add_argument(
         "--model",
@@ -128,31 +149,29 @@ def _read(argv: list[str], description: str) -> argparse.Namespace:
         "an instruct model, name or path, in place of SmolLM2-135M",
     )
     parser.add_argument("--data", help=f"with --workload real: {DATA_HELP}")
+    parser.add_argument("--output_dir", help="of --workload real and alarms: folder for results")
     parser.add_argument(
-        "--output_dir", default="./trl-cdr-bench", help="of --workload real and alarms: folder for results"
+        "--cdr_strong",
+        help="measure this model (name or path) in place of random weights; pair_step and adapter_pair need no other",
     )
-    parser.add_argument("--cdr_strong", help="measure this model (name or path) in place of random weights")
     parser.add_argument("--cdr_weak", help="the weak model beside it")
-    parser.add_argument("--cdr_dtype", default="auto", help="float32, bfloat16, float16; auto: float32 on CPU")
-    parser.add_argument("--attention", default="sdpa", help="attention implementation, such as eager; default: sdpa")
-    parser.add_argument(
-        "--runs", type=int, default=5, help="runs after the first, whose medians are printed; default: 5"
-    )
+    parser.add_argument("--cdr_dtype", help="float32, bfloat16, float16; auto: float32 on CPU")
+    parser.add_argument("--attention", help="attention implementation, such as eager; default: sdpa")
+    parser.add_argument("--runs", type=int, help="runs after the first, whose medians are printed; default: 5")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    args = parser.parse_args(argv)
-    if (args.cdr_strong is None) != (args.cdr_weak is None):
+    given = vars(parser.parse_args(argv))
+    workload = given["workload"]
+    reads = _WORKLOADS[workload][1] if workload in _WORKLOADS else _READS
+    for name in given:
+        if name not in ("workload", *reads):
+            parser.error(f"--{name} is not read by --workload {workload}, which reads --{', --'.join(reads)}")
+    args = argparse.Namespace(**{**dict.fromkeys((*_READS, "data")), **_DEFAULTS, **given})
+    if "cdr_weak" in reads and (args.cdr_strong is None) != (args.cdr_weak is None):
         parser.error("--cdr_strong and --cdr_weak go together")
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}: use 1 or more")
-    if args.workload in ("real", "alarms") and args.json:
-        parser.error(f"--json: the results of --workload {args.workload} are JSON files in --output_dir")
-    if args.workload == "real":
-        return args
-    if args.data is not None:
-        parser.error("--data goes with --workload real")
-    if args.workload == "memory" and args.cdr_strong is not None:
-        parser.error("--workload memory builds random weights: leave out --cdr_strong and --cdr_weak")
-    args.model = args.model or "llama-58m"
-    if args.model not in MODELS:
-        parser.error(f"--model is {args.model!r}: use one of {', '.join(MODELS)}")
+    if workload != "real":
+        args.model = args.model or "llama-58m"
+        if args.model not in MODELS:
+            parser.error(f"--model is {args.model!r}: use one of {', '.join(MODELS)}")
     return args

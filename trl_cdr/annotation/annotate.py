@@ -33,6 +33,10 @@ Writer = Callable[[Sequence[Prompt], Sequence[str]], list[list[Completion]]]
 
 # What of the arguments decides what is written.
 _DECIDES = ("num_generations", "max_completion_length", "temperature", "seed", "pair_strategy", "min_margin")
+_REFUSED = (
+    "has a prompt that the policy can't take: it can't be encoded, or leaves no room for max_completion_length tokens. "
+    "Leave it out, or pass on_bad_row=skip."
+)
 _ABOUT = (
     "Preferences that no human and no judge has labelled: each completion's score is the log-density ratio of a strong "
     "over a weak model, log p_strong(y | c, x) - log p_weak(y | c, x), nats "
@@ -91,6 +95,9 @@ class AnnotateArguments(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("num_generations", "max_completion_length"):
+            if not isinstance(getattr(self, name), int):  # YAML's 8.0
+                raise ConfigError(f"{name} is {getattr(self, name)!r}. Use a whole number.")
         if self.server is not None and self.policy is None:
             raise ConfigError(f"server is {self.server!r}, and policy is missing: the model's name there. Pass policy.")
         if self.num_generations < 2:
@@ -242,7 +249,7 @@ def label_rows(
             kept.append(place)
             groups.append(group)
         else:
-            labelled.bad.append(BadRow(row.index, row.where, "has a prompt that the policy can't take."))
+            labelled.bad.append(BadRow(row.index, row.where, _REFUSED))
     flat = [(rows[place], read[place][0], one) for place, group in zip(kept, groups, strict=True) for one in group]
     scores = iter(
         scorer.score(

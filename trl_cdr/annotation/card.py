@@ -49,7 +49,7 @@ def write_card(folder: Path, options: Mapping[str, Any], summary: Mapping[str, A
 
 def push(folder: Path, name: str) -> None:
     """
-    Upload a finished data set.
+    Upload a finished data set. Rows that were pushed to the same name before are replaced.
 
     Args:
         folder (`Path`): Where it lies.
@@ -62,7 +62,13 @@ def push(folder: Path, name: str) -> None:
         api = HfApi()
         api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
         kept = ["README.md", OPTIONS, SUMMARY, "data/*.parquet"]
-        api.upload_folder(repo_id=name, repo_type="dataset", folder_path=folder, allow_patterns=kept)
+        api.upload_folder(
+            repo_id=name,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=kept,
+            delete_patterns="data/*.parquet",  # of an earlier push, whose shards may have been more
+        )
     except Exception as error:  # whatever the client raises: of the network, of its own, of a name that is none
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(

@@ -53,6 +53,8 @@ class PreferenceArguments:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str):  # YAML has one word where the command line has a list
+            self.data = [self.data]
         if self.pairs is not None and self.pairs < 1:
             raise ConfigError(f"pairs is {self.pairs}: it counts pairs. Use 1 or more, or leave it out.")
         check_on_bad_row(self.on_bad_row)
@@ -123,6 +125,8 @@ class EvaluateArguments(PreferenceArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.candidates, str):
+            self.candidates = [self.candidates]
         if self.suggest_labels < 0:
             raise ConfigError(f"suggest_labels is {self.suggest_labels}: it counts pairs. Use 0 or more.")
         for each in self.candidates:

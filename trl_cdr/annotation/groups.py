@@ -80,7 +80,11 @@ def read_group(fields: Mapping[str, Any]) -> tuple[list[Message], list[Completio
     finished = fields.get("finished")
     if finished is None:
         finished = [True] * len(texts)
-    elif not isinstance(finished, list) or len(finished) != len(texts) or not {*finished} <= {True, False, None}:
+    elif (
+        not isinstance(finished, list)
+        or len(finished) != len(texts)
+        or not all(one in (True, False, None) for one in finished)
+    ):
         raise Unscorable(f"has finished: {shorten(finished)}. Give true, false or null for each of its completions")
     return messages, [Completion(text, said) for text, said in zip(texts, finished, strict=True)]
 
@@ -166,9 +170,9 @@ def _select(
     seed: str,
 ) -> list[Pair]:
     """The pairs of a group, of whose equal completions the first stands for all."""
-    firsts: dict[tuple[str, bool | None], int] = {}
+    firsts: dict[tuple[str, bool], int] = {}
     for place, one in enumerate(completions):
-        firsts.setdefault((one.text, one.finished), place)
+        firsts.setdefault((one.text, one.finished is not False), place)
     places = list(firsts.values())
     if len(places) < 2:
         return [Pair(0, 1, 0.0, "tie")]

@@ -125,7 +125,7 @@ def choose(
         place = known.get((str(label["id"]), frozenset(texts)))
         if place is not None:
             places.append(place)
-            signs.append(1 if texts[label["better"]] == preferences[place].completions[0] else -1)
+            signs.append(1 if texts[int(label["better"])] == preferences[place].completions[0] else -1)
     if not places:
         raise InputError("no label names a pair of the data: ids and completions have to be those that were suggested.")
     prompts = [request_key(preferences[place].prompt) for place in places]

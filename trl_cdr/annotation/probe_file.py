@@ -99,7 +99,7 @@ def probe_file(arguments: ProbeArguments, config: CDRConfig) -> str | None:
             scorer,
             [row["prompt"] for row in rows],
             [row.get("completion") for row in rows],
-            finished=[row.get("finished", True) for row in rows],
+            finished=[row.get("finished") is not False for row in rows],
             domains=[row.get(column or "domain") for row in rows],
             policy=arguments.policy,
             best_of=arguments.best_of,

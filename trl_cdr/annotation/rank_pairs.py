@@ -96,6 +96,8 @@ class RankArguments(PreferenceArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.models, str):
+            self.models = [self.models]
         if len(self.models) < 2:
             raise ConfigError(f"models names {len(self.models)}. Name two or more.")
 

@@ -212,7 +212,7 @@ def needs(*names: str) -> Check:
         if not wanted <= fields.keys():
             return f"needs the {listed}. Add {'them' if len(names) > 1 else 'it'}."
         if fields.get("finished") not in (True, False, None):
-            return f"has finished: {fields['finished']!r}. Use true, false or null."
+            return f"has finished: {fields['finished']!r}. Use true or false, or leave it out."
         return None
 
     return check

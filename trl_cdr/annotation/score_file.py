@@ -113,11 +113,17 @@ def find_schema(source: Source, *, check: Check, on_bad_row: OnBadRow) -> pa.Sch
             try:
                 found = pa.array([row.fields.get(name) for row in some]).type
                 types[name] = _widen(types.get(name, pa.null()), found)
-            except pa.ArrowException as error:
+            except (pa.ArrowException, OverflowError) as error:
                 raise InputError(
                     f"{some[0].where} to {some[-1].where}: {name} is of several kinds ({error}), here or beside what "
                     "stands before, and a column has one. Give it one, or leave it out."
                 ) from None
+    for name, kind in types.items():
+        if _is_empty(kind):
+            raise InputError(
+                f"{source.name}: {name} holds an empty object and never another, which no column can. Leave it out, or "
+                "write null."
+            )
     return pa.schema(types.items())
 
 
@@ -132,6 +138,13 @@ def _widen(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
 
 
+def _is_empty(kind: pa.DataType) -> bool:
+    """Whether a type is a struct without fields, or holds one."""
+    if pa.types.is_struct(kind) and not kind.num_fields:
+        return True
+    return any(_is_empty(kind.field(number).type) for number in range(kind.num_fields))
+
+
 def _check(fields: Mapping[str, Any]) -> str | None:
     if "score" in fields:
         return "has a field score already, which would be overwritten. Rename it."
@@ -142,7 +155,7 @@ def _label(scorer: DensityRatioScorer, rows: Sequence[Row]) -> Labelled:
     scores = scorer.score(
         [row.fields["prompt"] for row in rows],
         [row.fields["completion"] for row in rows],
-        finished=[row.fields.get("finished", True) for row in rows],
+        finished=[row.fields.get("finished") is not False for row in rows],
         domains=row_domains(scorer, rows),
     )
     values = [score.value for score in scores if score.value is not None]

@@ -105,7 +105,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except Exception:
         partial.unlink(missing_ok=True)
         raise
 

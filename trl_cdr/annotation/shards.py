@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
 from .reader import BadRow
 from .score_folder import WITHOUT_EFFECT, write_whole, writing
 
@@ -102,6 +102,7 @@ class Shards:
 
         Raises:
             ConfigError: the disk is full, or can't be written.
+            InputError: a value is not of the schema.
         """
         span = self.span(shard)
         note = {
@@ -110,7 +111,13 @@ class Shards:
             "counts": labelled.counts,
             "bad": [asdict(row) for row in labelled.bad],
         }
-        table = pa.Table.from_pylist(labelled.rows, schema=schema.with_metadata({_KEY: json.dumps(note)}))
+        try:
+            table = pa.Table.from_pylist(labelled.rows, schema=schema.with_metadata({_KEY: json.dumps(note)}))
+        except (pa.ArrowException, OverflowError) as error:  # whole numbers beyond 2^53 in a column with fractions
+            raise InputError(
+                f"rows {span.start} to {span.stop - 1} hold a value that the columns of all rows can't: {error}. Give "
+                "each field one kind of value."
+            ) from error
         path = self.path(shard, is_empty=not labelled.rows)
         with writing(self.folder):
             path.parent.mkdir(exist_ok=True)

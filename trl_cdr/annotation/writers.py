@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..config import CDRConfig
+from ..errors import ConfigError
 from ..scoring.causal_lm import CausalLM
 from ..scoring.encoding import Completion, Encoder, Prompt, Unscorable, own_chat_template
 from ..scoring.pair import Member, Pair
@@ -80,14 +81,23 @@ def write(
         member (`Member`): The model and what encodes for it.
         prompts (`Sequence[Prompt]`): Strings or conversations.
         per_prompt (`int`): Completions to each.
-        temperature (`float`): Of the whole distribution: no top-k, no nucleus.
+        temperature (`float`): Of the whole distribution: no top-k, no nucleus, no penalty, whatever the model's own
+            `generation_config.json` has.
         max_new_tokens (`int`): At most so many; one that has not ended by then is cut off.
         seeds (`Sequence[str]`): Of the draws, one for each prompt.
 
     Returns:
-        `list[list[Completion]]`: for each prompt; empty for one that can't be encoded. `finished` is `None` where the
-        model has no end token.
+        `list[list[Completion]]`: for each prompt; empty for one that can't be encoded, or that leaves no room for a
+        completion of `max_new_tokens`. `finished` is `None` where the model has no end token.
+
+    Raises:
+        ConfigError: no prompt would leave room for such a completion.
     """
+    if member.max_length is not None and max_new_tokens >= member.max_length:
+        raise ConfigError(
+            f"a completion may have {max_new_tokens} tokens, and the model that writes takes {member.max_length} with "
+            "its prompt: there is room for none. Let completions be shorter."
+        )
     encoded = [_encode(member, prompt, max_new_tokens) for prompt in prompts]
     places = [(place, number) for place, ids in enumerate(encoded) for number in range(per_prompt) if ids]
     groups: list[list[Completion]] = [[] for _ in prompts]
@@ -96,9 +106,11 @@ def write(
     tables = [_numbers(seed, per_prompt, max_new_tokens) for seed in seeds]
     model = member.local.model
     training = [module for module in model.modules() if module.training]
+    own = model.generation_config
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.inference_mode():
         member.local.wake()  # loading may draw numbers
         model.eval()
+        model.generation_config = _unshaped(own)
         try:
             for start in range(0, len(places), _AT_ONCE):
                 batch = places[start : start + _AT_ONCE]
@@ -110,6 +122,7 @@ def write(
                 for (place, _), completion in zip(batch, written, strict=True):
                     groups[place].append(completion)
         finally:
+            model.generation_config = own
             for module in training:
                 module.training = True
     return groups
@@ -135,12 +148,18 @@ def prompt_ids(member: Member, prompt: Prompt) -> tuple[int, ...]:
 
 
 def _encode(member: Member, prompt: Prompt, max_new_tokens: int) -> tuple[int, ...]:
-    """The prompt's tokens, so many of them, from the right, as leave room for a completion."""
+    """The prompt's tokens; none where it can't be encoded, or leaves no room for a completion."""
     try:
         ids = prompt_ids(member, prompt)
     except Unscorable:
         return ()
-    return ids if member.max_length is None else ids[-max(1, member.max_length - max_new_tokens) :]
+    return ids if member.max_length is None or len(ids) + max_new_tokens <= member.max_length else ()
+
+
+def _unshaped(own: GenerationConfig) -> GenerationConfig:
+    """A model's `generation_config` without what shapes its distribution, such as penalties, or searches in it."""
+    runs = ("bos_token_id", "eos_token_id", "cache_implementation")
+    return GenerationConfig(**{name: getattr(own, name) for name in runs})
 
 
 def _numbers(seed: str, count: int, length: int) -> Tensor:
@@ -177,8 +196,6 @@ def _generate(
 ) -> list[Completion]:
     model, tokenizer = member.local.model, member.encoder.tokenizer
     longest = max(map(len, rows))
-    if member.max_length is not None:
-        max_new_tokens = max(1, min(max_new_tokens, member.max_length - longest))
     device = member.local.decoder.device
     pad = tokenizer.pad_token_id or 0  # masked
     ends = set(member.final_ids)

@@ -99,7 +99,7 @@ class Lab:
             {
                 "model": model or "SmolLM2-135M-Instruct",
                 "weights": identify_weights(self.weak, "model"),
-                "data": data,
+                "data": data and real_models.identify_data(data),
                 "recipe": real_models.RECIPE_VERSION,
                 "tasks": tasks,
                 "unseen": unseen,

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -195,12 +196,21 @@ def build_strong(model: str, *, tasks: int, data: str | None = None, cache: bool
         written = build_once(_name("written", weights, tasks), partial(_write, model, tasks), cache=cache)
         path, source = written / "pairs.jsonl", str(tasks)
     else:
-        path = Path(data)
-        try:
-            source = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise ConfigError(f"data is {data!r}, which can't be read: {error.strerror}.") from error
+        path, source = Path(data), identify_data(data)
     return build_once(_name("strong", weights, source), partial(_tune, model, path, adapter), cache=cache)
+
+
+def identify_data(data: str) -> str:
+    """
+    A hash of a file of pairs.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    try:
+        return hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"data is {data!r}, which can't be read: {error.strerror}.") from error
 
 
 def _name(what: str, *made_of: object) -> str:
@@ -255,7 +265,10 @@ def _tune(model: str, pairs: Path, adapter: Any, folder: Path) -> None:
 
 def _read_rows(path: Path) -> Dataset:
     """At most `MAX_PAIRS` pairs of a file, drawn with a seed."""
-    found = load_dataset("json", data_files=str(path), split="train")
+    try:
+        found = load_dataset("json", data_files=str(path), split="train")
+    except (DatasetsError, ValueError, StopIteration) as error:  # the last: nothing is in it
+        raise ConfigError(f"data is {str(path)!r}, which is no JSONL: {error.__cause__ or 'it is empty'}.") from error
     missing = {"prompt", "chosen", "rejected"} - {*found.column_names}
     if missing:
         raise ConfigError(f"data is {str(path)!r}, which has no column {', '.join(sorted(missing))}.")

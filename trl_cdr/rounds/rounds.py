@@ -242,8 +242,8 @@ class _Rounds:
             ConfigError: there are none.
         """
         arguments = self._annotation(number, name)
-        most = math.ceil(prompts.num_rows / PartialState().num_processes)  # so that nobody waits for a long one
-        arguments = replace(arguments, shard_size=max(1, min(arguments.shard_size, most)))
+        processes = PartialState().num_processes
+        arguments = replace(arguments, shard_size=even_shards(prompts.num_rows, processes, arguments.shard_size))
         run(arguments, prompts, self._job(arguments))
         free_memory()  # of the policy that wrote
         PartialState().wait_for_everyone()
@@ -256,6 +256,19 @@ class _Rounds:
                 f"min_margin (it is {arguments.min_margin}), more num_generations, a higher temperature or a larger "
                 "max_completion_length, and another output_dir."
             )
+
+
+def even_shards(rows: int, processes: int, size: int) -> int:
+    """
+    Rows of a shard, so that all processes, which wait for each other, have as many shards of nearly one size.
+
+    Args:
+        rows (`int`): Of all.
+        processes (`int`): Which share them.
+        size (`int`): The most.
+    """
+    each = math.ceil(rows / (processes * size))
+    return math.ceil(rows / (processes * each))
 
 
 def check_prompt(found: Mapping[str, Any]) -> str | None:

@@ -426,7 +426,7 @@ class DensityRatioScorer:
 
 
 def _name(domain: str | NoDomain | None) -> str | None:
-    return None if isinstance(domain, NoDomain) else domain
+    return None if domain is None or isinstance(domain, NoDomain) else str(domain)  # a label's number, say
 
 
 def _show(given: Any) -> str | None:
