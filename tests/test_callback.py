@@ -1,8 +1,10 @@
 """The callback in TRL's trainers: what it logs, writes and refuses."""
 
+import copy
 import json
 import statistics
 
+import peft
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
@@ -55,14 +57,14 @@ def reward(checkpoints):
     return CDRReward(checkpoints["strong"], checkpoints["weak"], criteria=CRITERIA, router="column:kind")
 
 
-def make(name, tmp_path, reward, tokenizer, policy=None, **options):
+def make(name, tmp_path, reward, tokenizer, policy=None, peft_config=None, **options):
     policy = policy if policy is not None else llama(len(tokenizer), seed=2)
     policy.config.eos_token_id = policy.generation_config.eos_token_id = tokenizer.eos_token_id
     policy.generation_config.pad_token_id = tokenizer.pad_token_id
     words = ["hello", "what is this", "the quick brown fox", "a lazy dog"] * 4
     data = Dataset.from_dict({"prompt": [chat(word) for word in words], "kind": ["quick", "plain"] * 8})
     kwargs = {"model": policy, "processing_class": tokenizer, "reward_funcs": reward, "train_dataset": data}
-    kwargs["callbacks"] = [integration := Integration()]
+    kwargs |= {"callbacks": [integration := Integration()], "peft_config": peft_config}
     options = {**COMMON, **options}
     if name == "online_dpo":
         trainer = OnlineDPOTrainer(args=OnlineDPOConfig(str(tmp_path), max_new_tokens=8, **options), **kwargs)
@@ -266,13 +268,26 @@ def test_two_rewards_of_one_name_are_refused(tmp_path, reward, checkpoints, toke
         trainer.train()
 
 
-def test_a_policy_that_scores_itself_is_refused(tmp_path, tokenizer, weak):
+@pytest.mark.parametrize("role", ["strong", "weak"])
+@pytest.mark.parametrize("with_callback", [True, False])
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_a_policy_that_scores_itself_is_refused(with_adapter, with_callback, role, tmp_path, tokenizer, weak):
+    """peft puts adapters into the model that it is given, which then is the policy, whatever object wraps it."""
     policy = llama(len(tokenizer), seed=2)
-    reward = CDRReward(policy, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer)
-    trainer, _ = make("grpo", tmp_path, reward, tokenizer, policy)
-    trainer.add_callback(CDRCallback(reward))
-    with pytest.raises(ConfigError, match="the policy is one of the models that cdr_reward scores with"):
+    pair = {"strong": weak, "weak": weak, role: policy}
+    reward = CDRReward(**pair, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer)
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if with_adapter else None
+    trainer, _ = make("grpo", tmp_path, reward, tokenizer, policy, peft_config=adapter)
+    if with_callback:
+        trainer.add_callback(CDRCallback(reward))
+    with pytest.raises(ConfigError, match="the policy is one of the models that cdr_reward scores with, or an adapter"):
         trainer.train()
+
+
+def test_a_frozen_model_beside_the_policy_is_not(tmp_path, tokenizer, strong, weak):
+    reward = CDRReward(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer)
+    trainer, _ = make("grpo", tmp_path, reward, tokenizer, copy.deepcopy(strong), max_steps=1)
+    trainer.train()
 
 
 def test_a_reward_lets_go_of_the_trainers_that_it_served(tmp_path, reward, tokenizer):

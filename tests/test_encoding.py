@@ -190,3 +190,21 @@ def test_a_system_turn_that_the_template_passes_over_is_not_lost():
 def test_a_broken_template_is_an_error_not_a_reason_for_every_row():
     with pytest.raises(ConfigError, match="the chat template of strong is no valid Jinja.*cdr_chat_template"):
         Encoder(byte_tokenizer(template="{% for m in messages }"), "strong")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML.replace("m.content", "m.contents"),
+        "{% for m in messages %}<|im_start|>{{ m.role }}: {% for part in m.content %}{% if part.type == 'text' %}"
+        "{{ part.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}",
+    ],
+    ids=["misspelled", "parts"],
+)
+def test_a_template_that_drops_what_users_say_is_refused(template):
+    assert template != CHATML
+    encoder = Encoder(byte_tokenizer(template=template), "strong")
+    assert encoder.end_of_turn == "<|im_end|>"  # the end of text, and no opening token
+    assert encoder.encode("a", Completion("b", True)).completion_ids  # strings need no template
+    with pytest.raises(ConfigError, match="the chat template of strong leaves out what the user says"):
+        encoder.encode(chat("a"), Completion("b", True))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora import adapt
 from tiny import byte_tokenizer, llama
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -30,8 +31,19 @@ def test_sources_are_checked_before_anything_is_loaded(strong, tokenizer):
         DensityRatioScorer(strong, "b")
     with pytest.raises(ConfigError, match="weak_tokenizer is a str"):
         DensityRatioScorer("a", strong, weak_tokenizer="b")
-    with pytest.raises(ConfigError, match="strong and weak are the same LlamaForCausalLM object"):
+    with pytest.raises(ConfigError, match="strong and weak are one LlamaForCausalLM, or what peft"):
         DensityRatioScorer(strong, strong, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer)
+
+
+def test_a_base_that_peft_put_the_adapter_into_is_no_second_model(strong, tokenizer):
+    base = copy.deepcopy(strong)
+    adapted = adapt(base)
+    tokenizers = {"strong_tokenizer": tokenizer, "weak_tokenizer": tokenizer}
+    for pair in ((adapted, base), (base, adapted), (adapted, adapted)):
+        with pytest.raises(ConfigError, match="they have the same parameters, and every log-ratio would be 0"):
+            DensityRatioScorer(*pair, **tokenizers)
+    [score] = DensityRatioScorer(adapted, strong, **tokenizers).score(["a"], ["b"])
+    assert abs(score.value) > 1e-3
 
 
 def test_a_tokenizer_that_is_too_large_for_its_model(strong, checkpoints):

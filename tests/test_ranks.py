@@ -1,8 +1,13 @@
 """What processes are told of one another; what they do together is in `test_together`."""
 
+import threading
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from trl_cdr import ConfigError, ModelError
+from trl_cdr.scoring import ranks
 from trl_cdr.scoring.ranks import Ranks, Weights, check_equal, find_nodes
 
 
@@ -87,3 +92,16 @@ def test_one_process(replicas):
     assert ranks.have_met
     assert ranks.holds_pair
     ranks.check_holds()
+
+
+def test_what_is_told_travels_by_the_process_s_own_device_in_every_thread(monkeypatch):
+    """TRL awaits rewards in a thread of its own, and a thread begins on the first device."""
+    done = []
+    monkeypatch.setattr(ranks, "PartialState", lambda: SimpleNamespace(device=torch.device("cuda", 3)))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append((threading.get_ident(), device.index)))
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "all_gather_object", lambda found, mine: done.append("gathered"))
+    thread = threading.Thread(target=ranks._gather, args=("mine",))
+    thread.start()
+    thread.join()
+    assert done == [(thread.ident, 3), "gathered"]

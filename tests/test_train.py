@@ -337,6 +337,11 @@ def test_the_push_comes_before_the_summary(options, run, tmp_path, monkeypatch):
     assert "grpo" not in before
 
 
+def test_online_dpo_can_not_train_on_a_stream(options, refused):
+    options |= {**TRAINERS["online_dpo"], "trainer": "online_dpo", "dataset_streaming": True}
+    assert "dataset_streaming is set, and TRL's OnlineDPOTrainer can't train on a stream" in refused(options)
+
+
 def test_online_dpo_can_not_evaluate(options, refused):
     options |= {**TRAINERS["online_dpo"], "trainer": "online_dpo", "eval_strategy": "steps", "eval_steps": 1}
     assert "eval_strategy is 'steps', and TRL's OnlineDPOTrainer can't evaluate" in refused(options)

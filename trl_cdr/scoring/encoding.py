@@ -152,6 +152,7 @@ class Encoder:
         self._role = role
         self._kwargs = dict(chat_template_kwargs or {})
         self._has_system_role = self._find_system_role()
+        self._drops_users = self._find_dropped_users()
         self._offsets = OffsetTokenizer(tokenizer, self._turn_markers())
         self._bos = self._choose_bos(add_special_tokens)
         self._end_of_text_id: int | None = tokenizer.eos_token_id
@@ -244,6 +245,11 @@ class Encoder:
                 f"{self._role}_tokenizer has no chat template, nor has its partner, and the prompt is a conversation. "
                 "Pass cdr_chat_template, the path of a Jinja file, or use string prompts."
             )
+        if self._drops_users:
+            raise ConfigError(
+                f"the chat template of {self._role} leaves out what the user says: every prompt would read alike. It "
+                "may be one for images, or misspell content. Pass another by cdr_chat_template."
+            )
         if messages[0]["role"] == "system" and not self._has_system_role:
             # Gemma 2 and early Mistral refuse it, other templates pass over it: its text goes into the first turn.
             if len(messages) < 2 or messages[1]["role"] != "user":
@@ -296,6 +302,15 @@ class Encoder:
         except _TEMPLATE_ERRORS:
             return False
 
+    def _find_dropped_users(self) -> bool:
+        """Whether a user's turn does not reach the rendered text."""
+        if self.chat_template is None:
+            return False
+        try:
+            return _PROBE not in self._apply_template([{"role": "user", "content": _PROBE}])
+        except _TEMPLATE_ERRORS:
+            return False
+
     def _turn_markers(self) -> set[str]:
         """
         Added tokens that the chat template opens and closes turns with.
@@ -328,6 +343,8 @@ class Encoder:
         try:
             rendered = self._apply_template(turns, whole=True)
         except _TEMPLATE_ERRORS:
+            return self._end_of_text_id
+        if _PROBE not in rendered:
             return self._end_of_text_id
         end = self._offsets.control_at_start(rendered.rpartition(_PROBE)[2])
         return self._end_of_text_id if end is None else int(self.tokenizer.convert_tokens_to_ids(end))

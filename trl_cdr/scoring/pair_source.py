@@ -163,10 +163,15 @@ def check_sources(
             )
         if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ConfigError(f"{role}_tokenizer is a {type(tokenizer).__name__}. Pass a transformers tokenizer.")
-    if strong is weak and isinstance(strong, nn.Module):
+    if isinstance(strong, nn.Module) and isinstance(weak, nn.Module) and _parameters(strong) == _parameters(weak):
         raise ConfigError(
-            f"strong and weak are the same {type(strong).__name__} object: every log-ratio would be 0. Pass two models."
+            f"strong and weak are one {type(strong).__name__}, or what peft put an adapter into and the result: they "
+            "have the same parameters, and every log-ratio would be 0. Pass two models, or names and strong_adapter=."
         )
+
+
+def _parameters(model: nn.Module) -> set[int]:
+    return {id(one) for one in model.parameters()}
 
 
 def check_adapters(models: Mapping[str, Any], options: Mapping[str, Any]) -> None:

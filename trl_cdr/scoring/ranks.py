@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 from ..errors import CDRError, ConfigError, ModelError
 
@@ -236,6 +238,9 @@ def _place() -> tuple[int, int]:
 
 def _gather(mine: Any) -> list[Any]:
     """What every process of the run has, by rank."""
+    device = PartialState().device
+    if device.index is not None:  # objects travel by the thread's device, which begins as the first in every new thread
+        getattr(torch, device.type).set_device(device)
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return found

@@ -15,7 +15,7 @@ from transformers import DefaultFlowCallback, TrainerControl, TrainerState, Trai
 from .. import _compat
 from ..errors import ConfigError
 from ..scoring.together import load_together
-from .checks import check_domains, check_name, trainer_datasets
+from .checks import check_domains, check_name, check_policy, trainer_datasets
 from .completions_table import table_rows, write_table
 from .gaming_watch import GamingWatch
 from .metrics import Call, Sums, add_sums, call_sums, domain_sums, means
@@ -140,12 +140,7 @@ class CDRCallback(ProvenanceCallback):
             )
         check_name(name, self._trainer)
         check_domains(self.reward.scorer.router, trainer_datasets(self._trainer))
-        inner = getattr(policy, "module", policy)
-        if any(inner is model for model in self.reward.scorer.modules()):
-            raise ConfigError(
-                f"the policy is one of the models that {name} scores with: the reward would change with every step. "
-                "Pass a copy, or the model's name."
-            )
+        check_policy(name, policy, self.reward.scorer.modules())
 
     def _take_place(self) -> None:
         """

@@ -1,7 +1,9 @@
-"""What is checked when a reward and its trainer meet, before anything is scored: names, and the data set's domains."""
+"""What is checked when a reward and its trainer meet, before anything is scored: names, the policy, domains."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import nn
 
 from .. import _compat
 from ..conditioning.router import Router
@@ -20,6 +22,27 @@ def check_name(name: str, trainer: Any) -> None:
         raise ConfigError(
             f"{names.count(name)} of the trainer's rewards are called {name}: their metrics would mix. Pass another "
             "name=."
+        )
+
+
+def check_policy(name: str, policy: nn.Module | None, models: Iterable[nn.Module]) -> None:
+    """
+    Whether no model that scores is being trained: the policy as the trainer has it, or what its adapters were put into,
+    which peft does in place.
+
+    Args:
+        name (`str`): The reward's.
+        policy (`nn.Module`, *optional*): The trainer's.
+        models (`Iterable`): Those of the pair that were passed as objects.
+
+    Raises:
+        ConfigError: one is: the policy would learn to please itself.
+    """
+    trained = set() if policy is None else {id(one) for one in policy.parameters() if one.requires_grad}
+    if any(id(one) in trained for model in models for one in model.parameters()):
+        raise ConfigError(
+            f"the policy is one of the models that {name} scores with, or an adapter in it: the reward would change "
+            "with every step. Pass the model's name, or a copy of it."
         )
 
 

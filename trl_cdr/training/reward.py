@@ -21,7 +21,7 @@ from ..scoring.rewards import rewards_from_scores
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
 from ..scoring.together import load_together, score_together
-from .checks import check_domains, check_name, trainer_datasets
+from .checks import check_domains, check_name, check_policy, trainer_datasets
 from .metrics import Call, call_metrics
 from .provenance import ProvenanceCallback
 
@@ -231,6 +231,7 @@ class CDRReward:
         if self._met is not None and self._met() is trainer:
             return
         check_name(self.__name__, trainer)
+        check_policy(self.__name__, trainer.model, self.scorer.modules())
         check_domains(self.scorer.router, trainer_datasets(trainer))
         self.scorer.use_policy_tokenizer(trainer.processing_class)
         if self.config.cdr_share_policy:

@@ -137,6 +137,11 @@ def train(
             f"eval_strategy is {str(training_args.eval_strategy.value)!r}, and TRL's OnlineDPOTrainer can't evaluate. "
             "Leave it out, or pass trainer=grpo, rloo or online_preference."
         )
+    if script_args.dataset_streaming and arguments.trainer == "online_dpo":
+        raise ConfigError(
+            "dataset_streaming is set, and TRL's OnlineDPOTrainer can't train on a stream. Leave it out, or pass "
+            "trainer=grpo, rloo or online_preference."
+        )
     if cdr_args.cdr_share_policy and not model_args.use_peft:
         raise ConfigError(
             "cdr_share_policy is set and use_peft is not: the pair stands on the policy's base, which has to stay as "
@@ -270,7 +275,12 @@ def _make_trainer(
         )
     except CDRError:
         raise
-    except (ImportError, OSError, ValueError) as error:  # how TRL and transformers refuse arguments, and lack weights
+    except (
+        ImportError,
+        NotImplementedError,
+        OSError,
+        ValueError,
+    ) as error:  # how TRL and transformers refuse arguments, and lack weights
         raise ConfigError(f"trainer {arguments.trainer} can't be made: {' '.join(str(error).split())}") from error
 
 
