@@ -275,12 +275,7 @@ def _make_trainer(
         )
     except CDRError:
         raise
-    except (
-        ImportError,
-        NotImplementedError,
-        OSError,
-        ValueError,
-    ) as error:  # how TRL and transformers refuse arguments, and lack weights
+    except (ImportError, NotImplementedError, OSError, ValueError) as error:  # as TRL and transformers refuse arguments
         raise ConfigError(f"trainer {arguments.trainer} can't be made: {' '.join(str(error).split())}") from error
 
 
