@@ -90,12 +90,14 @@ def logs_of(trainer, key="loss"):
 def pair_logps(model, inputs):
     """Summed log-probabilities (P, 2) and counts (P, 2), each completion run on its own."""
     found = []
-    for prompt, prompt_mask, pair, pair_mask in zip(
+    for pair in zip(
         *(inputs[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "loss_mask")), strict=True
     ):
-        prompt = prompt[prompt_mask.bool()].tolist()
-        rows = [ids[mask.bool()].tolist() for ids, mask in zip(pair, pair_mask, strict=True)]
-        found.append([(completion_logps(model, prompt, ids).sum().item(), len(ids)) for ids in rows])
+        rows = [
+            (prompt[read.bool()].tolist(), ids[kept.bool()].tolist())
+            for prompt, read, ids, kept in zip(*pair, strict=True)
+        ]
+        found.append([(completion_logps(model, prompt, ids).sum().item(), len(ids)) for prompt, ids in rows])
     found = torch.tensor(found)
     return found[..., 0], found[..., 1]
 
@@ -103,10 +105,11 @@ def pair_logps(model, inputs):
 def entropy_of(model, inputs):
     """Mean entropy at the tokens of all pairs, each completion run on its own."""
     found = []
-    for prompt, mask, pair, marks in zip(
+    for pair in zip(
         *(inputs[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "loss_mask")), strict=True
     ):
-        for ids, kept in zip(pair, marks.bool(), strict=True):
+        for prompt, mask, ids, marks in zip(*pair, strict=True):
+            kept = marks.bool()
             row = torch.cat([prompt[mask.bool()], ids[kept]])[None]
             with torch.no_grad():
                 logps = model(input_ids=row).logits[0, -int(kept.sum()) - 1 : -1].double().log_softmax(-1)
@@ -262,14 +265,57 @@ def test_what_others_wrote_is_not_learnt(tmp_path, policy, tokenizer):
     [(inputs, loss, _)] = trainer.batches
     model = AutoModelForCausalLM.from_pretrained(policy).eval()
     means = []
-    for prompt, mask, pair in zip(
-        inputs["prompt_ids"], inputs["prompt_mask"].bool(), inputs["completion_ids"], strict=True
-    ):
-        each = [completion_logps(model, prompt[mask].tolist(), ids.tolist()) for ids in pair]
+    for pair in zip(inputs["prompt_ids"], inputs["prompt_mask"].bool(), inputs["completion_ids"], strict=True):
+        rows = zip(*pair, strict=True)
+        each = [completion_logps(model, prompt[mask].tolist(), ids.tolist()) for prompt, mask, ids in rows]
         means.append([logps[[0, 3, 4]].mean().item() for logps in each])
     losses = simpo_loss(*torch.tensor(means).unbind(1), beta=2.0, gamma=1.0)
     assert loss == pytest.approx(losses.mean().item(), abs=1e-5)
     assert logs_of(trainer)[0]["pairs/chosen_tokens"] == 3
+
+
+def test_each_completion_is_trained_on_behind_its_own_prompt(tmp_path, policy, tokenizer):
+    """What an environment says first may differ within a group."""
+    wrote = {}
+
+    def write(prompts, trainer):
+        texts = [f"{prompt[-1]['content']} and observation {row}" for row, prompt in enumerate(prompts)]
+        ids = tokenizer(texts).input_ids
+        written = [[20 + row, 30 + row, tokenizer.eos_token_id] for row in range(len(prompts))]
+        wrote.update({tuple(completion): prompt for completion, prompt in zip(written, ids, strict=True)})
+        return {"prompt_ids": ids, "completion_ids": written, "logprobs": [[-1.0] * 3] * len(prompts)}
+
+    trainer = make(tmp_path, policy, tokenizer, trainer={"rollout_func": write}, max_steps=1)
+    trainer.train()
+    [(inputs, loss, _)] = trainer.batches
+    for prompts, masks, pair in zip(
+        inputs["prompt_ids"], inputs["prompt_mask"].bool(), inputs["completion_ids"], strict=True
+    ):
+        own = [wrote[tuple(ids.tolist())] for ids in pair]
+        assert own[0] != own[1]
+        assert [prompt[mask].tolist() for prompt, mask in zip(prompts, masks, strict=True)] == own
+    sums, counts = pair_logps(AutoModelForCausalLM.from_pretrained(policy).eval(), inputs)
+    losses = simpo_loss(*(sums / counts).unbind(1), beta=2.0, gamma=1.0)
+    assert loss == pytest.approx(losses.mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_reward_that_is_not_known_is_not_0(several, tmp_path, policy, tokenizer):
+    """Else the policy of which nothing is known would be the best one."""
+
+    def honest(completion_ids, **kwargs):
+        return [None if row % 4 == 0 else -10.0 - row % 4 for row in range(len(completion_ids))]
+
+    def form(completion_ids, **kwargs):
+        return [0.0] * len(completion_ids)
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8, "max_steps": 2}
+    data = {"eval_dataset": Dataset.from_dict({"prompt": [chat(word) for word in WORDS]})}
+    trainer = make(tmp_path, policy, tokenizer, [honest, form] if several else honest, trainer=data, **options)
+    trainer.train()
+    assert [log["reward"] for log in logs_of(trainer)] == pytest.approx([-12.0] * 2)
+    assert [log["eval_reward"] for log in logs_of(trainer, "eval_reward")] == pytest.approx([-12.0] * 2)
+    assert [log["reward_std"] for log in logs_of(trainer)] == pytest.approx([math.sqrt(2 / 3 * 6 / 5)] * 2)
 
 
 def test_a_completion_without_a_token_of_its_own_makes_no_pair(tmp_path, policy, tokenizer):

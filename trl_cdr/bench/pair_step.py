@@ -122,7 +122,7 @@ def _ours(name: str, rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerF
         ids = [[tokenizer(row[column]).input_ids for column in columns] for row in rows]
         return torch.tensor(ids, device=trainer.accelerator.device)
 
-    prompts, pairs = encode("prompt")[:, 0], encode("chosen", "rejected")
+    prompts, pairs = encode("prompt", "prompt"), encode("chosen", "rejected")
     pairs = torch.cat([pairs, torch.full_like(pairs[..., :1], tokenizer.eos_token_id)], dim=2)
     inputs = {"prompt_ids": prompts, "prompt_mask": torch.ones_like(prompts), "completion_ids": pairs}
     inputs |= {name: torch.ones_like(pairs) for name in ("completion_mask", "loss_mask")}

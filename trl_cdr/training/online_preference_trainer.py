@@ -51,8 +51,10 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         ConfigError: `args` is another trainer's config, or TRL is not a version that this was tested with. During
             training: prompts hold images.
 
-    Metrics, beside GRPO's `reward` and `rewards/<function>/mean` and what reward functions log (`cdr/...`):
+    Metrics, beside GRPO's `rewards/<function>/mean` and what reward functions log (`cdr/...`):
 
+    - `reward`, `reward_std`: of the completions whose reward is known. GRPO counts what one of several functions leaves
+      open as 0, TRL before 1.6 also that of a single one.
     - `rewards/chosen`, `rewards/rejected`: what the loss compares, as TRL's trainers of that loss log it:
       `preference_beta` times the mean log-probability of the tokens (simpo), or times the distance of the
       log-probability from the reference's (dpo, ipo). `rewards/margins`, `rewards/accuracies`: their difference, and
@@ -133,8 +135,11 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         gathered: Tensor = super()._calculate_rewards(  # (B_all, F)
             inputs, prompts, completions, completion_ids_list, *args, **kwargs
         )
+        weights = self.reward_weights.to(gathered.device)
+        combined = combine_rewards(gathered, weights, num_generations=self._group_size)  # (B_all,)
+        self._log_rewards(combined)
         first = self.accelerator.process_index * len(prompts)
-        local = gathered[first : first + len(prompts)]  # (B, F)
+        local = combined[first : first + len(prompts)]  # (B,)
         truncated: set[int] = set()
         if self.mask_truncated_completions:
             ends = _compat.end_tokens(self)
@@ -149,8 +154,9 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         GRPO's, cut down to the pairs.
 
         Returns:
-            `dict`, with P groups: `prompt_ids`, `prompt_mask` (P, T_prompt), `completion_ids`, `completion_mask`,
-            `loss_mask` (P, 2, T_completion; chosen, rejected) and `weights` (P,).
+            `dict`, with P groups: `prompt_ids`, `prompt_mask` (P, 2, T_prompt; chosen, rejected: an environment may
+            have told each something else), `completion_ids`, `completion_mask`, `loss_mask` (P, 2, T_completion) and
+            `weights` (P,).
         """
         if not self.model.training:  # for training the config has checked
             check_batch_size("per_device_eval_batch_size", len(inputs), self._group_size)
@@ -172,8 +178,8 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         weights = torch.tensor([pair.weight for pair in self._pairs], device=loss_mask.device)  # (P,)
         self._log_pairs(tokens, weights)
         return {
-            "prompt_ids": output["prompt_ids"][index[:, 0]],
-            "prompt_mask": output["prompt_mask"][index[:, 0]],
+            "prompt_ids": output["prompt_ids"][index],
+            "prompt_mask": output["prompt_mask"][index],
             "completion_ids": output["completion_ids"][index],
             "completion_mask": output["completion_mask"][index],
             "loss_mask": loss_mask[index],
@@ -288,10 +294,8 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _token_logps(self, model: nn.Module, inputs: dict[str, Tensor]) -> TokenLogps:
         """The pairs' tokens, (P, 2, T) each, at temperature 1; one forward of 2 P rows."""
-        prompt_ids, prompt_mask = (inputs[name].repeat_interleave(2, dim=0) for name in ("prompt_ids", "prompt_mask"))
-        ids, mask, counted = (
-            inputs[name].flatten(0, 1) for name in ("completion_ids", "completion_mask", "loss_mask")
-        )  # (2 P, T)
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "loss_mask")
+        prompt_ids, prompt_mask, ids, mask, counted = (inputs[name].flatten(0, 1) for name in names)  # (2 P, T)
         length = ids.shape[1]
         rows = {
             "input_ids": torch.cat([prompt_ids, ids], dim=1),
@@ -329,10 +333,11 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         return size
 
     def _select(self, rewards: Tensor, truncated: Collection[int], *, first_group: int) -> list[Pair]:
-        """The pairs of this process's groups. What is drawn depends on seed, step and group, not on the process."""
+        """
+        The pairs of this process's groups, from combined rewards (B,). What is drawn depends on seed, step and group,
+        not on the process.
+        """
         size = self._group_size
-        weights = self.reward_weights.to(rewards.device)
-        combined = combine_rewards(rewards, weights, num_generations=size).view(-1, size)
         return [
             select_pair(
                 group,
@@ -341,8 +346,22 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
                 min_margin=self.args.min_margin,
                 truncated=[index for index in range(size) if number * size + index in truncated],
             )
-            for number, group in enumerate(combined.tolist())
+            for number, group in enumerate(rewards.view(-1, size).tolist())
         ]
+
+    def _log_rewards(self, combined: Tensor) -> None:
+        """
+        Mean and deviation of the rewards that are known, of all processes (B_all,), in place of GRPO's, where a reward
+        function that says nothing of a completion counts as 0: a policy that can't be scored would come out best.
+        """
+        known = combined[combined.isfinite()]
+        values = {"reward": (known.sum().item(), float(len(known)))}
+        if len(known) > 1:
+            values["reward_std"] = (known.std().item(), 1.0)
+        counted = self._sums["train" if self.model.training else "eval"]
+        for name, (value, weight) in values.items():
+            total, count = counted.get(name, (0.0, 0.0))
+            counted[name] = (total + value, count + weight)
 
     def _log_pairs(self, tokens: Tensor, weights: Tensor) -> None:
         """What became of the groups, and lengths (P, 2) and margins of the pairs that are used."""
