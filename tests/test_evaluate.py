@@ -1,10 +1,12 @@
 """`trl-cdr evaluate` on a tiny pair: what it counts, beside the scorer and counts by hand, and what it writes."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 from pairs import WORDS, preferences, rows, say
+from tiny import BRACKETS, byte_tokenizer
 
 from trl_cdr import ConfigError, DensityRatioScorer, InputError
 from trl_cdr.annotation.evaluate import evaluate
@@ -285,6 +287,19 @@ def test_bad_arguments(config, passes, run, capsys):
         with pytest.raises(SystemExit):
             run(rows(3), *arguments)
         assert message in capsys.readouterr().err
+
+
+def test_a_candidate_reads_its_own_partner_s_template(config, checkpoints, tmp_path):
+    """What is run for a candidate is what is run for the same pair by itself."""
+    for role, template in (("strong", BRACKETS), ("weak", None)):
+        shutil.copytree(checkpoints[role], tmp_path / role)
+        (tmp_path / role / "chat_template.jinja").unlink(missing_ok=True)
+        byte_tokenizer(template=template).save_pretrained(tmp_path / role)
+    pair = (str(tmp_path / "strong"), str(tmp_path / "weak"))
+    evaluate(config, preferences(), passes=Passes(tmp_path / "passes"), pairs=[pair])
+    again = Passes(tmp_path / "passes")
+    evaluate(replace(config, cdr_strong=pair[0], cdr_weak=pair[1]), preferences(), passes=again)
+    assert (again.run, again.found) == (0, 2)
 
 
 def test_one_word_of_yaml_is_a_list():

@@ -48,6 +48,23 @@ def test_what_full_precision_is(checkpoints):
         full_precision(CDRConfig.from_options(**checkpoints, device="cpu"))
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["bfloat16", torch.bfloat16])
+def test_a_type_among_the_kwargs_is_none_of_full_precision_s(name, value, checkpoints):
+    kwargs = {name: value, "attn_implementation": "eager"}
+    reference = full_precision(CDRConfig.from_options(**checkpoints, model_init_kwargs=kwargs))
+    assert reference.cdr_model_init_kwargs == {"attn_implementation": "eager"}
+    assert reference.cdr_dtype == "float32"
+    with pytest.raises(ConfigError, match="the pair has it: float32"):
+        full_precision(CDRConfig.from_options(**checkpoints, dtype="bfloat16", model_init_kwargs={name: "float32"}))
+
+
+@pytest.mark.parametrize("name", ["load_in_8bit", "load_in_4bit"])
+def test_bits_among_the_kwargs_quantise(name, checkpoints):
+    reference = full_precision(CDRConfig.from_options(**checkpoints, model_init_kwargs={name: True}))
+    assert reference.cdr_model_init_kwargs is None
+
+
 def test_the_built_in_rows_make_a_hundred_preferences():
     assert sum(len(list(combinations(set(completions), 2))) for completions in ROWS.values()) == 100
 

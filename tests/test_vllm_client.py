@@ -130,6 +130,50 @@ def test_replicas_get_a_stretch_each(server, strong, tokenizer, ask):
     assert_equal(ask(second)(asked), local(strong, asked))  # and all of them go to the one that is left
 
 
+def test_nobody_waits_for_a_replica_that_does_not_come_back(server, strong, tokenizer, ask, monkeypatch):
+    """Connecting takes long where nothing refuses it: one row tries, the others are scored by the next replica."""
+    second = StandIn(strong, tokenizer, "m")
+    asked, known = rows(80), rows(1, seed=1)
+    expected, probes = local(strong, asked), []
+    client = ask(second, timeout=20.0).__self__
+    client.remember(known[0].ids, torch.cat(local(strong, [Row(known[0].ids[:1], known[0].ids[1:])])), tolerance=1e-3)
+    gone, real = client.served.urls[0], client.answer
+    client._lost.add(gone)
+
+    def answer(url, ids, **options):
+        if url != gone:
+            return real(url, ids, **options)
+        probes.append(ids)
+        time.sleep(0.5)  # 40 of them, one after the other, would take all the time that there is
+        raise vllm_client.Unavailable("no connection", is_lost=True)
+
+    monkeypatch.setattr(client, "answer", answer)
+    assert_equal(client.logps(asked), expected)
+    assert 0 < len(probes) < 20
+    monkeypatch.setattr(client, "answer", real)
+    assert_equal(client.logps(asked), expected)  # it is back, and the same
+    assert not client._lost
+    second.kill()
+
+
+def test_a_replica_that_never_answers_leaves_time_for_the_next(server, strong, tokenizer, ask):
+    second = StandIn(strong, tokenizer, "m")
+    held = threading.Event()
+    second.before = lambda path, body: held.wait(PATIENT) and None
+    asked = rows(4)
+    assert_equal(ask(second, timeout=12.0)(asked), local(strong, asked))
+    held.set()
+    second.kill()
+
+
+@pytest.mark.parametrize("key", ["secret\nnext", "s\u00e9cret"])
+def test_a_key_that_no_header_takes_is_not_shown(key, ask, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(ConfigError, match="^VLLM_API_KEY holds a line break or another character") as error:
+        ask()
+    assert "cret" not in str(error.value)
+
+
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_a_server_that_has_no_time_is_asked_again(server, strong, ask, status):
     refused = []

@@ -80,7 +80,8 @@ def evaluate(
     refuse_what_needs_a_trainer(config)
     passes = passes or Passes()
     configs = [config, *(_other_pair(config, *pair) for pair in pairs)]
-    models = find_models([(each, role) for each in configs for role in ("strong", "weak")])
+    # Pair by pair: a model without a template reads its own partner's.
+    models = [model for each in configs for model in find_models([(each, "strong"), (each, "weak")])]
     tables = read_tables(config, models, preferences, passes)
     judged = {
         (reading, index): judge(

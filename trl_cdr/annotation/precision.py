@@ -24,6 +24,9 @@ from ..scoring.sources import find_sources
 from .precision_rows import ROWS
 from .reader import needs, open_source, read_rows
 
+_QUANTISES = ("quantization_config", "load_in_8bit", "load_in_4bit")  # of `from_pretrained`
+_DTYPES = ("dtype", "torch_dtype")
+
 
 def measure_precision(config: CDRConfig, input: str | None = None) -> dict[str, Any]:
     """
@@ -80,16 +83,20 @@ def full_precision(config: CDRConfig) -> CDRConfig:
                 f"--probe compares with full precision, and {role} ({source.name}) is stored quantised. Leave it out, "
                 "or pass the checkpoint that it was made of, with quantization_config in cdr_model_init_kwargs."
             )
-        types.add(kwargs.get("dtype") or expected_dtype(found, config.cdr_dtype, device))
-    if "quantization_config" in kwargs:
-        whole = {name: value for name, value in kwargs.items() if name != "quantization_config"}
-        return replace(config, cdr_model_init_kwargs=whole or None)
-    if types <= {torch.float32, "float32"}:
+        asked = kwargs.get("torch_dtype") or kwargs.get("dtype") or config.cdr_dtype
+        types.add(expected_dtype(found, str(asked).removeprefix("torch."), device))
+    if kwargs.keys() & {*_QUANTISES}:
+        return replace(config, cdr_model_init_kwargs=_without(kwargs, _QUANTISES))
+    if types == {torch.float32}:
         raise ConfigError(
             "--probe compares with full precision, and the pair has it: float32, not quantised. Pass cdr_dtype, or "
             "quantization_config in cdr_model_init_kwargs, or leave --probe out."
         )
-    return replace(config, cdr_dtype="float32")
+    return replace(config, cdr_dtype="float32", cdr_model_init_kwargs=_without(kwargs, _DTYPES))
+
+
+def _without(kwargs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
+    return {name: value for name, value in kwargs.items() if name not in names} or None
 
 
 def compare(prompts: Sequence[Prompt], full: Sequence[Score], found: Sequence[Score]) -> dict[str, Any]:

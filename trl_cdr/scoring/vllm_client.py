@@ -97,6 +97,8 @@ class VllmClient:
         self.reads_prefix = False
         self._role = role
         key = os.environ.get("VLLM_API_KEY", "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError("VLLM_API_KEY holds a line break or another character that no header takes. Mend it.")
         self._has_key = bool(key)
         most = AT_ONCE * len(served.urls)
         self._http = httpx.Client(
@@ -106,6 +108,7 @@ class VllmClient:
         self._known: tuple[tuple[int, ...], Tensor, float] | None = None
         self._lost: set[str] = set()
         self._lock = threading.Lock()
+        self._recognising = {url: threading.Lock() for url in served.urls}
         self.close = weakref.finalize(self, self._http.close)
 
     def remember(self, ids: tuple[int, ...], logps: Tensor, *, tolerance: float) -> None:
@@ -249,7 +252,8 @@ class VllmClient:
             for attempt in tries:
                 with attempt:
                     url = urls[(replica + attempt.retry_state.attempt_number - 1) % len(urls)]
-                    return self._ask_once(url, row, until)
+                    share = self.served.timeout / len(urls)  # one that never answers leaves time for the next
+                    return self._ask_once(url, row, min(until, time.monotonic() + share))
         except Unavailable as error:
             seconds = time.monotonic() - started
             raise self._error(
@@ -275,10 +279,15 @@ class VllmClient:
         return found.logps[first - 1 :]
 
     def _recognise(self, url: str, until: float) -> None:
-        """Whether a server that was lost, and is back, still has the same model."""
+        """
+        Whether a server that was lost, and is back, still has the same model. One row asks; the others do not wait for
+        the answer, which may take as long as a connection, but go on to the next replica.
+        """
         if url not in self._lost or self._known is None:
             return
-        with self._lock:
+        if not self._recognising[url].acquire(blocking=False):
+            raise Unavailable("it was lost, and is being asked whether it is back", is_lost=False)
+        try:
             if url not in self._lost:
                 return
             ids, logps, tolerance = self._known
@@ -290,7 +299,10 @@ class VllmClient:
                     "was lost and is back with another model: a known row has other log-probabilities. Start it with "
                     "the one that it had",
                 )
-            self._lost.discard(url)
+            with self._lock:
+                self._lost.discard(url)
+        finally:
+            self._recognising[url].release()
 
     def _read(
         self, url: str, path: str, response: httpx.Response, content: bytes, *, optional: bool
