@@ -284,6 +284,17 @@ def test_a_policy_that_scores_itself_is_refused(with_adapter, with_callback, rol
         trainer.train()
 
 
+@pytest.mark.parametrize("with_callback", [True, False])
+def test_a_reward_learns_where_the_policy_s_generation_stops(with_callback, tmp_path, reward, tokenizer):
+    policy = llama(len(tokenizer), seed=2)
+    trainer, _ = make("grpo", tmp_path, reward, tokenizer, policy, max_steps=1)
+    trainer.eos_token_ids = [tokenizer.eos_token_id, 7]  # as TRL from 1.14.2 reads them in the generation config
+    if with_callback:
+        trainer.add_callback(CDRCallback(reward, trainer))
+    trainer.train()
+    assert reward.scorer._policy_ends == {tokenizer.eos_token_id, 7}
+
+
 def test_a_frozen_model_beside_the_policy_is_not(tmp_path, tokenizer, strong, weak):
     reward = CDRReward(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer)
     trainer, _ = make("grpo", tmp_path, reward, tokenizer, copy.deepcopy(strong), max_steps=1)

@@ -400,6 +400,20 @@ def test_policy_tokenizer_tells_finished_from_cut_off(strong, weak, tokenizer, t
         assert torch.equal(values(scores), values(offline))
 
 
+def test_where_the_policy_s_generation_stops_a_completion_is_finished(strong, weak, tokenizer):
+    """Some name an end of the turn in their generation config alone."""
+    policy = byte_tokenizer(280)
+    text = "what is this"
+    ids = policy(text, add_special_tokens=False).input_ids
+    scorer = make_scorer(strong, weak, tokenizer)
+    [finished] = scorer.score(["hello"], [text], finished=[True])
+    for ends, is_finished in (((), False), ((277,), True)):
+        scorer.use_policy_tokenizer(policy, end_ids=ends)
+        [score] = scorer.score(["hello"], [text], completion_ids=[[*ids, 277]])
+        assert score.finished is is_finished
+        assert (score.value == finished.value) is is_finished
+
+
 def test_a_policy_with_another_vocabulary_never_takes_the_ids_path(strong, weak, tokenizer):
     """Ids of another vocabulary can decode to the right text by chance; the known tokenizer says that they are not."""
     policy = byte_tokenizer(280)

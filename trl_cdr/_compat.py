@@ -167,6 +167,11 @@ def end_tokens(trainer: Any) -> set[int]:
     return {*getattr(trainer, "eos_token_ids", [tokenizer.eos_token_id]), tokenizer.pad_token_id}
 
 
+def generation_ends(trainer: Any) -> list[int]:
+    """Where a trainer lets its policy stop, as far as it says so: GRPO and RLOO do from TRL 1.14.2."""
+    return [*getattr(trainer, "eos_token_ids", ())]
+
+
 def fused_head() -> Any:
     """TRL's function that makes a model return log-probabilities without its logits; None before TRL 1.15."""
     try:

@@ -30,9 +30,10 @@ class CompletionReader:
     Args:
         pair (`Pair`): The pair that will score.
         policy_tokenizer (*optional*): The policy's tokenizer, or a processor that holds it.
+        policy_ends (`Collection[int]`, *optional*): Where the policy's generation stops beside that tokenizer's ends.
     """
 
-    def __init__(self, pair: Pair, policy_tokenizer: Any = None) -> None:
+    def __init__(self, pair: Pair, policy_tokenizer: Any = None, policy_ends: Collection[int] = ()) -> None:
         self._encoder = pair.strong.encoder
         self._ids_may_match = pair.shares_vocabulary
         self._end_ids = pair.end_ids
@@ -42,7 +43,8 @@ class CompletionReader:
         if policy_tokenizer is not None:
             policy: PreTrainedTokenizerBase = getattr(policy_tokenizer, "tokenizer", policy_tokenizer)
             is_fast = getattr(policy, "is_fast", False)
-            self._policy_end_ids = Encoder(policy, "policy").end_ids if is_fast else frozenset([policy.eos_token_id])
+            ends = Encoder(policy, "policy").end_ids if is_fast else frozenset([policy.eos_token_id])
+            self._policy_end_ids = ends | frozenset(policy_ends)
             self._pad_ids.add(policy.pad_token_id)
             if vocabulary_hash(policy) == vocabulary_hash(self._encoder.tokenizer):
                 self._end_ids |= self._policy_end_ids

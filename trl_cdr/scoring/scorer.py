@@ -5,7 +5,7 @@ Adapters (`training.reward`, the command line) turn scores into what their calle
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -105,6 +105,7 @@ class DensityRatioScorer:
             self.router = Router(self.criteria, domain=self.config.cdr_domain, router=router)
         self._source: PairSource = PairSource(self.config, models, tokenizers) if share is None else share._source
         self._policy: Any = None
+        self._policy_ends: frozenset[int] = frozenset()
         self._has_warned = False
         # Of the loaded pair, which it does not keep alive: others who share it may unload it.
         self._reader: tuple[weakref.ref[Pair], CompletionReader] | None = None
@@ -338,7 +339,7 @@ class DensityRatioScorer:
             self._policy = load_tokenizer(self.config, self.config.cdr_policy_tokenizer, "cdr_policy_tokenizer")
         pair = self._source.get()
         if self._reader is None or self._reader[0]() is not pair:
-            self._reader = weakref.ref(pair), CompletionReader(pair, self._policy)
+            self._reader = weakref.ref(pair), CompletionReader(pair, self._policy, self._policy_ends)
         if self.config.cdr_gate == "surprise" and not pair.strong.final_ids and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -399,16 +400,19 @@ class DensityRatioScorer:
         """The models that were passed as objects."""
         return self._source.held
 
-    def use_policy_tokenizer(self, tokenizer: Any) -> None:
+    def use_policy_tokenizer(self, tokenizer: Any, *, end_ids: Collection[int] = ()) -> None:
         """
         Say which tokenizer wrote the `completion_ids`. `cdr_policy_tokenizer`, where it is set, wins.
 
         Args:
             tokenizer: The policy's tokenizer, or a processor that holds it.
+            end_ids (`Collection[int]`, *optional*): Where the policy's generation stops beside the tokenizer's ends.
         """
         with self._source.lock:
-            if self.config.cdr_policy_tokenizer is None and tokenizer is not self._policy:
-                self._policy = tokenizer
+            ends = frozenset(end_ids)
+            is_new = tokenizer is not self._policy or ends != self._policy_ends
+            if self.config.cdr_policy_tokenizer is None and is_new:
+                self._policy, self._policy_ends = tokenizer, ends
                 self._reader = None
 
     def use_policy(self, policy: nn.Module) -> None:

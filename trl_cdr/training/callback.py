@@ -80,7 +80,8 @@ class CDRCallback(ProvenanceCallback):
         self._is_online_dpo = _compat.is_online_dpo(args)
         self._check(kwargs.get("model"))
         if kwargs.get("processing_class") is not None:
-            self.reward.scorer.use_policy_tokenizer(kwargs["processing_class"])
+            ends = _compat.generation_ends(self._trainer)
+            self.reward.scorer.use_policy_tokenizer(kwargs["processing_class"], end_ids=ends)
         if self._trainer is not None and self.reward.config.cdr_share_policy:
             self.reward.attach(self._trainer)
         elif kwargs.get("model") is not None:

@@ -233,7 +233,7 @@ class CDRReward:
         check_name(self.__name__, trainer)
         check_policy(self.__name__, trainer.model, self.scorer.modules())
         check_domains(self.scorer.router, trainer_datasets(trainer))
-        self.scorer.use_policy_tokenizer(trainer.processing_class)
+        self.scorer.use_policy_tokenizer(trainer.processing_class, end_ids=_compat.generation_ends(trainer))
         if self.config.cdr_share_policy:
             self.attach(trainer)
         load_together(self.scorer)
