@@ -103,7 +103,7 @@ BAD = [
     (b"\xff{}", "is no UTF-8 .*Convert it"),
     (b'{"prompt": "\\ud800"}', "holds half of a surrogate pair"),
     (b'{"text": "a"}', "needs the field prompt. Add it."),
-    (b'{"prompt": "a", "finished": "no"}', "has finished: 'no'. Use true, false or null."),
+    (b'{"prompt": "a", "finished": "no"}', "has finished: 'no'. Use true or false, or leave it out."),
 ]
 
 
