@@ -74,6 +74,25 @@ def test_what_is_no_completion_is_not_gold(text, finished):
     assert gold(task("no_commas"), text, finished) == 0
 
 
+@pytest.mark.parametrize(
+    ("topic", "right", "wrong"),
+    [
+        ("foxes", "A red fox sleeps.", "A red ox sleeps."),
+        ("wolves", "The wolf's den is deep.", "The den is deep."),
+        ("cherries", "Cherries and a cherry.", "A cheery day."),
+        ("buses", "Take the bus!", "She is busy in business."),
+    ],
+)
+def test_a_topic_is_named_in_the_singular_too(topic, right, wrong):
+    assert [gold(task("no_commas", topic=topic), text, True) for text in (right, wrong)] == [1, 0]
+
+
+def test_every_topic_in_the_plural_has_a_singular_that_names_it():
+    irregular = {topic for topic in real_world._MORE_TOPICS if topic.endswith(("ies", "ves", "xes", "hes", "ses"))}
+    assert irregular - {"houses"} == set(real_world._SINGULARS)
+    assert not {topic for topic in TOPICS if topic.endswith(("ies", "ves", "xes"))} - {"caves"}
+
+
 def test_a_conversation_names_its_task():
     for one in (TRAIN[0], HELD_OUT[7], HELD_OUT_UNSEEN[-1]):
         system = {"role": "system", "content": "Be kind."}

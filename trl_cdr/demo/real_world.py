@@ -33,6 +33,12 @@ _MORE_TOPICS = (
     "houses", "towers", "doors", "windows", "carpets", "baskets", "hammers", "needles", "boats", "buses",
 )  # fmt: skip
 
+_SINGULARS = {
+    "foxes": "fox", "wolves": "wolf", "butterflies": "butterfly", "peaches": "peach", "cherries": "cherry",
+    "beaches": "beach", "buses": "bus",
+}  # fmt: skip
+"""Of the topics that are not their singular and an s."""
+
 MAX_NEW_TOKENS = 48
 """Where a completion is cut off. Nine of ten end before."""
 
@@ -190,7 +196,12 @@ def gold(task: Task, text: str, finished: bool) -> float:
 
 def is_well_formed(task: Task, text: str, finished: bool) -> bool:
     """What gold asks for beside the condition: the text ended by itself, names its topic, does not repeat itself."""
-    return finished and task.topic.removesuffix("s") in text.lower() and not repeats(text)
+    return finished and _names(text.lower(), task.topic) and not repeats(text)
+
+
+def _names(text: str, topic: str) -> bool:
+    singular = _SINGULARS.get(topic)
+    return topic.removesuffix("s") in text or (singular is not None and re.search(rf"\b{singular}\b", text) is not None)
 
 
 def repeats(text: str) -> bool:
