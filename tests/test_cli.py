@@ -233,7 +233,7 @@ def test_bench_of_memory(capsys, monkeypatch):
     assert (stays["host_mb"], on_host["host_mb"], on_disk["host_mb"]) == (0, stays["between_mb"], 0)
     assert stays["wake_seconds"] == stays["sleep_seconds"] == 0
     for case in (on_host, on_disk):
-        assert 0 < case["wake_seconds"] < case["seconds"]
+        assert min(case[name] for name in ("wake_seconds", "sleep_seconds", "seconds")) > 0
     assert on_host["peak_mb"] < stays["peak_mb"] - 0.4 * result["pair_mb"]
     assert one_base["between_mb"] < 0.8 * result["pair_mb"]  # at this size an adapter is large
     for size in ("between_mb", "peak_mb"):

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 from test_monitor import COLLAPSE, HEALTHY, history
 
+from trl_cdr import ConfigError
 from trl_cdr.demo import alarms, gaming, models
+from trl_cdr.demo.parts import Parts
 
 
 def recorded(gold, entries, *, name="dpo", seed=5):
@@ -42,6 +44,13 @@ def test_alarms_of_a_run_that_was_recorded():
     assert outcome.alarms[1] <= outcome.alarms[10] <= 100
     assert outcome.alarms[10] % 10 == 0
     assert alarms.judge(recorded([0.5, 0.8, 0.1], GOOD)).alarms == {1: None, 10: None}
+
+
+def test_results_of_another_workload_are_not_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr(alarms, "RUNS", {})
+    Parts(tmp_path, {"model": "SmolLM2-135M-Instruct"})
+    with pytest.raises(ConfigError, match="whose results are of another model, .*workload .settings.json."):
+        alarms.run_alarms(tmp_path)
 
 
 def test_the_table(tmp_path, monkeypatch, capsys):

@@ -1,13 +1,14 @@
 """The real workload: results by part that a stopped run takes up, and, with the model, a demo in small."""
 
+import errno
 import json
 
 import pytest
 from tiny import chat
 
 from trl_cdr import ConfigError, DensityRatioScorer
-from trl_cdr.demo import real, real_models, real_training, real_world
-from trl_cdr.demo.real import Parts
+from trl_cdr.demo import cache, parts, real, real_models, real_training, real_world
+from trl_cdr.demo.parts import Parts
 
 
 def test_a_part_that_is_there_is_not_run_again(tmp_path):
@@ -24,17 +25,34 @@ def test_a_part_that_is_there_is_not_run_again(tmp_path):
 
 
 def test_a_part_that_fails_leaves_nothing(tmp_path):
-    parts = Parts(tmp_path, {"model": "a"})
+    made = Parts(tmp_path, {"model": "a"})
     with pytest.raises(ZeroDivisionError):
-        parts.run("part", lambda: {"value": 1 / 0})
+        made.run("part", lambda: {"value": 1 / 0})
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
-    assert parts.run("part", lambda: {"value": 2})["value"] == 2
+    assert made.run("part", lambda: {"value": 2})["value"] == 2
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path):
     Parts(tmp_path, {"model": "a", "samples": 4})
-    with pytest.raises(ConfigError, match=r"whose results are of another model, versions. Pass another folder"):
+    with pytest.raises(ConfigError, match=r"of another model, versions \(settings.json\). Pass another folder"):
         Parts(tmp_path, {"model": "b", "samples": 4, "versions": {}})
+    made = Parts(tmp_path, {"model": "a", "samples": 4})
+    made.keep("strong.json", {"strong": "one"})
+    made.keep("strong.json", {"strong": "one"})
+    with pytest.raises(ConfigError, match=r"whose results are of another strong \(strong.json\)"):
+        made.keep("strong.json", {"strong": "tuned again"})
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made = Parts(tmp_path, {"model": "a"})
+    monkeypatch.setattr(parts, "write_json", full)
+    with pytest.raises(ConfigError, match="can't be written: .*No space left on device. What is finished stays there"):
+        made.run("part", lambda: {"value": 1})
+    with pytest.raises(ConfigError, match="No space left on device"), cache.saving(tmp_path):
+        full()
 
 
 def test_without_peft_the_command_is_named(monkeypatch):

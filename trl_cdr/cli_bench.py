@@ -131,7 +131,7 @@ _WORKLOADS: dict[str, tuple[str, tuple[str, ...], Callable[[argparse.Namespace],
         _real,
     ),
 }
-_DEFAULTS = {"output_dir": "./trl-cdr-bench", "cdr_dtype": "auto", "attention": "sdpa", "runs": 5, "json": False}
+_DEFAULTS = {"cdr_dtype": "auto", "attention": "sdpa", "runs": 5, "json": False}
 
 
 def _read(argv: list[str], description: str) -> argparse.Namespace:
@@ -149,7 +149,9 @@ def _read(argv: list[str], description: str) -> argparse.Namespace:
         "an instruct model, name or path, in place of SmolLM2-135M",
     )
     parser.add_argument("--data", help=f"with --workload real: {DATA_HELP}")
-    parser.add_argument("--output_dir", help="of --workload real and alarms: folder for results")
+    parser.add_argument(
+        "--output_dir", help="of --workload real and alarms: folder for results; default: ./trl-cdr-bench-WORKLOAD"
+    )
     parser.add_argument(
         "--cdr_strong",
         help="measure this model (name or path) in place of random weights; pair_step and adapter_pair need no other",
@@ -165,7 +167,8 @@ def _read(argv: list[str], description: str) -> argparse.Namespace:
     for name in given:
         if name not in ("workload", *reads):
             parser.error(f"--{name} is not read by --workload {workload}, which reads --{', --'.join(reads)}")
-    args = argparse.Namespace(**{**dict.fromkeys((*_READS, "data")), **_DEFAULTS, **given})
+    folder = {"output_dir": f"./trl-cdr-bench-{workload}"}
+    args = argparse.Namespace(**{**dict.fromkeys((*_READS, "data")), **_DEFAULTS, **folder, **given})
     if "cdr_weak" in reads and (args.cdr_strong is None) != (args.cdr_weak is None):
         parser.error("--cdr_strong and --cdr_weak go together")
     if args.runs < 1:

@@ -8,13 +8,15 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..annotation.score_folder import write_json
 from ..training.metrics import call_metrics
 from ..training.monitor import Monitor
 from . import gaming, models
+from .parts import SETTINGS, Parts
+from .story import versions
 
 SEEDS = (5, 6, 7)
 """Not those that the rule was made on (3, 4, 13 and 14)."""
@@ -123,17 +125,17 @@ def run_alarms(folder: str | Path, *, seeds: Sequence[int] = SEEDS) -> list[Outc
     Args:
         folder (`str` or `Path`): Made where it is missing; a workload that was stopped goes on where it was.
         seeds (`Sequence[int]`): Of the runs to record.
+
+    Raises:
+        ConfigError: the folder holds other results, or runs of other versions; or it can't be written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    parts = Parts(Path(folder), {"workload": "alarms", "recipe": models.RECIPE_VERSION, "versions": versions()})
     with models.one_thread(), models.quiet():
         for seed in seeds:
             for name, gates in RUNS.items():
                 for gate in gates:
-                    path = folder / f"{name}-{gate}-{seed}.json"
-                    if not path.exists():
-                        write_json(path, record(name, gate=gate, seed=seed))
-    return judge_all(folder.glob("*.json"))
+                    parts.run(f"{name}-{gate}-{seed}", partial(record, name, gate=gate, seed=seed))
+    return judge_all(path for path in parts.folder.glob("*.json") if path.name != SETTINGS)
 
 
 def judge_all(paths: Iterable[Path]) -> list[Outcome]:

@@ -5,7 +5,8 @@ or `~/.cache`.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
@@ -49,6 +50,22 @@ def build_once(name: str, build: Callable[[Path], None], *, cache: bool = True) 
             if not folder.is_dir():  # else another process was first, with the same recipe
                 raise _unwritable(folder, error) from error
     return folder
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """
+    What can't be saved inside is an error that says what to do; safetensors has one of its own for a full disk.
+
+    Raises:
+        ConfigError: instead of whatever came.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(
+            f"{str(folder)!r} can't be written ({error}). Make room, or set TRL_CDR_CACHE to another folder."
+        ) from error
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:

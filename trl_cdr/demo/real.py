@@ -8,22 +8,19 @@ The tasks are `real_world`'s, the models `real_models`'. No reward sees gold but
 """
 
 import json
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..annotation.attacks import ATTACKS
 from ..annotation.probe import GATES
-from ..annotation.score_folder import write_json
-from ..errors import ConfigError
 from ..scoring.checkpoint import identify_weights
 from ..scoring.scorer import DensityRatioScorer
 from ..training.reward import CDRReward
 from . import real_gate, real_labels, real_models, real_training, real_world
 from .figure import draw_labels, draw_training
 from .models import Sample, quiet
+from .parts import Parts
 from .smollm import build_smollm
 from .story import Reward, random_reward, versions
 
@@ -38,41 +35,6 @@ _WHOLE: dict[str, Any] = {
     "samples": 8,
     "again": True,
 }
-
-
-class Parts:
-    """
-    Results by part, one JSON file each, in a folder. What is there is taken as it is.
-
-    Args:
-        folder (`Path`): Made if missing.
-        settings (`dict`): What the results depend on; kept in `settings.json`.
-
-    Raises:
-        ConfigError: the folder holds results of other settings.
-    """
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "settings.json"
-        if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8"))) != settings:
-            changed = [name for name in {*settings, *found} if settings.get(name) != found.get(name)]
-            raise ConfigError(
-                f"output_dir is {str(folder)!r}, whose results are of another {', '.join(sorted(changed))}. Pass "
-                "another folder."
-            )
-        self.settings = settings
-        write_json(path, settings)
-
-    def run(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The part's result: what `measure` returns, with its `seconds`."""
-        path = self.folder / f"{name}.json"
-        if not path.is_file():
-            started = time.perf_counter()
-            result = measure()
-            write_json(path, result | {"seconds": round(time.perf_counter() - started, 1)})
-        return json.loads(path.read_text(encoding="utf-8"))
 
 
 class Lab:
@@ -108,6 +70,8 @@ class Lab:
             },
         )
         self.strong = str(real_models.build_strong(self.weak, tasks=tasks, data=data, cache=cache))
+        # The cache may be another one than at the run's start, and a strong model that is tuned again is another model.
+        self.parts.keep("strong.json", {"strong": identify_weights(self.strong, "strong")})
         self.tuning = json.loads((Path(self.strong) / "tuning.json").read_text(encoding="utf-8"))
 
     def labels(self) -> dict[str, Any]:

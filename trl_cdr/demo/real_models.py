@@ -3,6 +3,7 @@
 `real_world` says what is asked and checks it; `smollm` brings the model; `real` measures what is built here.
 """
 
+import glob
 import hashlib
 import json
 import math
@@ -34,7 +35,7 @@ from ..scoring.checkpoint import identify_weights
 from ..scoring.encoding import Encoder
 from ..scoring.pair import Member
 from . import real_world
-from .cache import build_once
+from .cache import build_once, saving
 from .models import Sample, progress
 from .story import TINY_RUN, quiet_trl
 
@@ -256,17 +257,18 @@ def _tune(model: str, pairs: Path, adapter: Any, folder: Path) -> None:
         trainer.train()
         trainer.model.save_pretrained(scratch)
         strong = _merge(model, scratch)
-    strong.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     about = {"pairs": len(rows), "steps": steps, "seconds": round(time.perf_counter() - started)}
-    (folder / "tuning.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+    with saving(folder):
+        strong.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "tuning.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     _say(f"tuned strong by DPO on {len(rows)} pairs", started)
 
 
 def _read_rows(path: Path) -> Dataset:
     """At most `MAX_PAIRS` pairs of a file, drawn with a seed."""
     try:
-        found = load_dataset("json", data_files=str(path), split="train")
+        found = load_dataset("json", data_files=glob.escape(str(path)), split="train")
     except (DatasetsError, ValueError, StopIteration) as error:  # the last: nothing is in it
         raise ConfigError(f"data is {str(path)!r}, which is no JSONL: {error.__cause__ or 'it is empty'}.") from error
     missing = {"prompt", "chosen", "rejected"} - {*found.column_names}

