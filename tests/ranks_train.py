@@ -37,7 +37,9 @@ def draw(probs, num_samples, **_):
 
 
 def train():
-    reward = CDRReward(strong, weak, replicas=replicas, gate="none")
+    # Where groups go from one process to another, so does the floor of what can't be scored: the longest completions.
+    limits = {"max_length": 6, "on_unscorable": "floor"} if name == "grpo" else {}
+    reward = CDRReward(strong, weak, replicas=replicas, gate="none", **limits)
     model = AutoModelForCausalLM.from_pretrained(policy)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -71,7 +73,13 @@ def train():
         trainer = kind(args=config(folder, **options), **kwargs)
     trainer.add_callback(CDRCallback(reward, trainer))
     calls = []
-    reward.observe(lambda call: calls.append(list(zip(map(str, call.completions), call.rewards, strict=True))))
+    unscorable = []
+
+    def keep(call):
+        calls.append(list(zip(map(str, call.completions), call.rewards, strict=True)))
+        unscorable.append([score.error is not None for score in call.scores])
+
+    reward.observe(keep)
     trainer.train()
     learnt = trainer.accelerator.unwrap_model(trainer.model)
     return {
@@ -79,6 +87,7 @@ def train():
         "moved": max((now - then).abs().max() for now, then in zip(learnt.parameters(), before, strict=True)),
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "calls": calls,
+        "unscorable": unscorable,
         "weights": learnt.state_dict(),
         "holds": reward.scorer._source._pair is not None,
         "record": Path(folder, "cdr_labeling.json").is_file(),

@@ -128,6 +128,26 @@ def test_a_base_is_loaded_once_and_never_changed(base, adapter, monkeypatch):
     assert scorer.score(PROMPTS, COMPLETIONS) == before
 
 
+def test_a_base_in_8_bits_is_loaded_for_each(base, adapter, monkeypatch, caplog):
+    """The modules that first run such weights keep the scales, which are on the weights for nobody else then."""
+    from trl_cdr.scoring import causal_lm
+
+    loaded = []
+    load = causal_lm.load_model
+
+    def load_8bit(*args, **kwargs):
+        loaded.append(load(*args, **kwargs))
+        loaded[-1].is_loaded_in_8bit = True
+        return loaded[-1]
+
+    plain = DensityRatioScorer(base, base, weak_adapter=adapter).score(PROMPTS, COMPLETIONS)
+    monkeypatch.setattr(causal_lm, "load_model", load_8bit)
+    assert DensityRatioScorer(base, base, weak_adapter=adapter).score(PROMPTS, COMPLETIONS) == plain
+    one, other = loaded
+    assert not {p.data_ptr() for p in one.parameters()} & {p.data_ptr() for p in other.parameters()}
+    assert "weak stands on a base in 8 bits, which no two models can share" in caplog.text
+
+
 def test_a_kept_prefix_belongs_to_an_adapter(base, adapter, tmp_path):
     """Both models have the same weights to the eye, and the same criteria before every prompt."""
     other = save_adapter(tmp_path / "b", base, seed=1)

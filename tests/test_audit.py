@@ -1,6 +1,7 @@
 """`trl-cdr audit`: the monitor's rule over logs that runs have left, and what it says of those that it can't judge."""
 
 import json
+import os
 
 import pytest
 from test_monitor import COLLAPSE, HEALTHY, history
@@ -63,6 +64,23 @@ def test_the_log_that_goes_furthest(tmp_path):
     write(run, BAD)
     assert audit(run).path == run / "trainer_state.json"
     assert audit(run / "checkpoint-90").monitors["cdr"].alarm == audit(run).monitors["cdr"].alarm
+
+
+def test_a_run_that_went_back_to_a_checkpoint_is_named(tmp_path, capsys):
+    """After an alarm, say, with another beta: the log that goes furthest is of the run that was given up."""
+    states = [write(tmp_path / name, GOOD[:steps]) / "trainer_state.json" for name, steps in [("checkpoint-30", 30)]]
+    states += [write(tmp_path, BAD) / "trainer_state.json"]
+    for age, state in enumerate(states):
+        os.utime(state, ns=(age * 10**9, age * 10**9))
+    assert audit(tmp_path).later is None
+    assert status(tmp_path) == 1
+    assert "written later" not in capsys.readouterr().out
+    after = write(tmp_path / "checkpoint-40", GOOD[:40]) / "trainer_state.json"
+    write(tmp_path / "checkpoint-60", BAD[:60])
+    os.utime(tmp_path / "checkpoint-60" / "trainer_state.json", ns=(10**9, 10**9))
+    assert (audit(tmp_path).path, audit(tmp_path).later) == (tmp_path / "trainer_state.json", after)
+    assert status(tmp_path) == 1
+    assert f"{after} was written later, and does not go as far" in capsys.readouterr().out
 
 
 def test_every_reward_of_a_run(tmp_path, capsys):

@@ -1,8 +1,10 @@
 """The callback in TRL's trainers: what it logs, writes and refuses."""
 
 import copy
+import gc
 import json
 import statistics
+import weakref
 
 import peft
 import pyarrow.parquet as pq
@@ -311,3 +313,23 @@ def test_a_reward_lets_go_of_the_trainers_that_it_served(tmp_path, reward, token
         trainer.train()
     assert reward._observers == []
     assert [callback._rows for callback in callbacks] == [[], []]
+
+
+def test_a_reward_does_not_keep_a_trainer_whose_run_failed(tmp_path, reward, tokenizer):
+    """Out of memory, say: the next trainer, with smaller batches, needs the memory of this one's policy."""
+    trainer, _ = make("grpo", tmp_path, reward, tokenizer)
+    trainer.add_callback(CDRCallback(reward, trainer))
+    calls = []
+    reward.observe(calls.append)
+    trainer.training_step = lambda *_, **__: [][0]
+    with pytest.raises(IndexError):
+        trainer.train()
+    trainer.training_step = None
+    kept = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert kept() is None
+    reward(prompts=["hello"], completions=["world"], kind=["plain"])
+    assert len(calls) == 1
+    reward.unobserve(calls.append)
+    assert reward._observers == []

@@ -1,5 +1,7 @@
 """Rewards behind the gates. The formulas have tests of their own (`test_ratio`, `test_surprise`)."""
 
+import math
+
 import pytest
 
 from trl_cdr import Score, UnscorableError
@@ -24,6 +26,15 @@ def score(value):
 )
 def test_rewards_from_scores(values, policy, expected):
     assert rewards_from_scores([score(value) for value in values], on_unscorable=policy) == expected
+
+
+@pytest.mark.parametrize(("elsewhere", "floor"), [(-4.0, -5.0), (3.0, -3.0), (math.inf, -3.0)])
+def test_the_floor_of_a_step_that_is_several_calls(elsewhere, floor):
+    rows = [score(1.0), score(None), score(-2.0)]
+    found = rewards_from_scores(rows, on_unscorable="floor", lowest=lambda worst: min(worst, elsewhere))
+    assert found == [1.0, floor, -2.0]
+    nothing = rewards_from_scores([score(None)], on_unscorable="floor", lowest=lambda worst: min(worst, elsewhere))
+    assert nothing == [elsewhere - 1 if math.isfinite(elsewhere) else -1.0]
 
 
 def test_the_gate_that_made_the_score_makes_the_reward():

@@ -414,6 +414,17 @@ def test_where_the_policy_s_generation_stops_a_completion_is_finished(strong, we
         assert (score.value == finished.value) is is_finished
 
 
+def test_where_it_stops_is_heard_beside_a_tokenizer_that_was_named(strong, weak, tokenizer, tmp_path):
+    policy = byte_tokenizer(280)
+    policy.save_pretrained(tmp_path)
+    scorer = make_scorer(strong, weak, tokenizer, policy_tokenizer=str(tmp_path))
+    ids = policy("what is this", add_special_tokens=False).input_ids
+    for ends, is_finished in (((277,), True), ((), False)):  # before the named one is loaded, and after
+        scorer.use_policy_tokenizer(tokenizer, end_ids=ends)
+        [score] = scorer.score(["hello"], ["what is this"], completion_ids=[[*ids, 277]])
+        assert score.finished is is_finished
+
+
 def test_a_policy_with_another_vocabulary_never_takes_the_ids_path(strong, weak, tokenizer):
     """Ids of another vocabulary can decode to the right text by chance; the known tokenizer says that they are not."""
     policy = byte_tokenizer(280)

@@ -1,5 +1,7 @@
 """Training with the pair on the policy's own base: nothing of the policy is touched, and every step is the same."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -215,6 +217,20 @@ def test_grpo_needs_no_callback(base, adapter, tmp_path):
     assert len(models_of(trainer, reward)) == 3
     with pytest.raises(ConfigError, match="no policy is known. Pass CDRCallback"):
         run("online_dpo", tmp_path / "b", base, adapter, share=True, callback=False, gradient_checkpointing=False)
+
+
+def test_each_of_two_rewards_is_put_on_the_base(base, adapter, tmp_path):
+    """Also where the first one's record asks for the other before that is called."""
+    other = save_adapter(tmp_path / "other", base, seed=1)
+    pairs = {"one": {"strong_adapter": adapter}, "two": {"strong_adapter": other}}
+    rewards = [CDRReward(base, base, share_policy=True, name=name, **pair) for name, pair in pairs.items()]
+    trainer = make("grpo", tmp_path / "out", base, rewards, steps=1)
+    trainer.train()
+    embeddings = trainer.model.get_input_embeddings().weight
+    for reward in rewards:
+        assert reward.scorer._source.get().weak.lm.model.get_input_embeddings().weight is embeddings
+    record = json.loads((tmp_path / "out" / "cdr_labeling.json").read_text())
+    assert [record["name"], *(each["name"] for each in record["others"])] == ["one_reward", "two_reward"]
 
 
 def test_attaching(base, adapter, checkpoints, tmp_path):

@@ -39,7 +39,10 @@ def launched(checkpoints, tokenizer, tmp_path_factory):
     """What four processes score; and three steps of each trainer as one, two and four, and as four of which two hold
     a pair."""
     folder, other = (str(tmp_path_factory.mktemp(name)) for name in ("policy", "other"))
-    llama(len(tokenizer), seed=2, eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    policy = llama(len(tokenizer), seed=2, eos_token_id=tokenizer.eos_token_id)
+    with torch.no_grad():
+        policy.lm_head.weight[tokenizer.eos_token_id] *= 2  # completions of many lengths
+    policy.save_pretrained(folder)
     llama(len(tokenizer), seed=7).save_pretrained(other)
     for each in (folder, other):
         tokenizer.save_pretrained(each)
@@ -106,6 +109,8 @@ def test_a_run_is_the_same_on_any_number_of_processes(name, launched):
     """The same completions get the same rewards, and the policy learns the same."""
     [one] = launched[1, "rank"]
     assert one[name]["moved"] > 1e-3
+    missing = list(chain.from_iterable(one[name]["unscorable"]))
+    assert (0 < sum(missing) < len(missing)) is (name == "grpo")
     runs = [run for run in launched if run != "scores" and name in launched[run][0]]
     assert len(runs) == 3 + (name in NODE[2])
     for processes, replicas in runs:

@@ -214,7 +214,8 @@ class Encoder:
 
     def holds(self, completion_ids: tuple[int, ...], text: str, end_ids: Collection[int]) -> bool:
         """Whether these ids are this tokenizer's: they decode, as TRL decodes them, to the text that came with them."""
-        if not completion_ids or not all(0 <= token < len(self.tokenizer) for token in completion_ids):
+        size = len(self.tokenizer)  # some versions copy the vocabulary to count it
+        if not completion_ids or not all(0 <= token < size for token in completion_ids):
             return False
         if not text:  # any special token decodes to nothing: only an end token is proof
             return len(completion_ids) == 1 and completion_ids[0] in end_ids

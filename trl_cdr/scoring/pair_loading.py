@@ -197,6 +197,10 @@ def _load_models(
             continue
         source = sources[role]
         held = lms["strong"].base if is_shared and lms else base
+        if getattr(held, "is_loaded_in_8bit", False):
+            # The first modules to run such weights take the scales out of them, and others would find none.
+            logger.warning("%s stands on a base in 8 bits, which no two models can share: it is loaded again.", role)
+            held = None
         if held is None:
             _check_movable(config, source, role)
             turns.sleep()  # the other one's memory is needed; a base of both stays awake, to be read

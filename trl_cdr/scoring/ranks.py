@@ -121,6 +121,10 @@ class Ranks:
             self.node = Node(nodes[mine], groups[mine])
         self._is_done = True
 
+    def lowest(self, value: float) -> float:
+        """The lowest of a value that every process has. Waits for all of them."""
+        return min(_gather(value)) if _are_several() else value
+
 
 class Node:
     """

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..errors import UnscorableError
 from .ratio import gate
@@ -12,7 +12,13 @@ from .score import Score
 from .surprise import surprise_reward
 
 
-def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str, reduction: str = "sum") -> list[float | None]:
+def rewards_from_scores(
+    scores: Sequence[Score],
+    *,
+    on_unscorable: str,
+    reduction: str = "sum",
+    lowest: Callable[[float], float] = float,
+) -> list[float | None]:
     """
     Turn scores into rewards: the log-ratio behind the gate that they were made with, see `ratio.gate` and
     `surprise.surprise_reward`.
@@ -23,6 +29,8 @@ def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str, reductio
             -1 where there is none, for trainers that read a missing reward as 0, which would win against honest
             negative log-ratios. The row is then the one to be rejected. `"none"`: `None`. `"raise"`: stop.
         reduction (`str`, *optional*, defaults to `"sum"`): Of the scores.
+        lowest (`Callable[[float], float]`, *optional*): Of what the calls of a step have as their worst reward (inf:
+            none) the lowest, where a step is several calls, one for each process. By default a step is this call.
 
     Raises:
         UnscorableError: a row has no value and `on_unscorable="raise"`.
@@ -37,7 +45,8 @@ def rewards_from_scores(scores: Sequence[Score], *, on_unscorable: str, reductio
                 )
     if on_unscorable != "floor":
         return values
-    floor = min((value for value in values if value is not None), default=0.0) - 1.0
+    worst = lowest(min((value for value in values if value is not None), default=math.inf))
+    floor = (worst if math.isfinite(worst) else 0.0) - 1.0
     return [floor if value is None else value for value in values]
 
 

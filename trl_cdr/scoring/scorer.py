@@ -402,18 +402,18 @@ class DensityRatioScorer:
 
     def use_policy_tokenizer(self, tokenizer: Any, *, end_ids: Collection[int] = ()) -> None:
         """
-        Say which tokenizer wrote the `completion_ids`. `cdr_policy_tokenizer`, where it is set, wins.
+        Say which tokenizer wrote the `completion_ids`, and where they stop.
 
         Args:
-            tokenizer: The policy's tokenizer, or a processor that holds it.
+            tokenizer: The policy's tokenizer, or a processor that holds it. `cdr_policy_tokenizer`, where it is set,
+                stays.
             end_ids (`Collection[int]`, *optional*): Where the policy's generation stops beside the tokenizer's ends.
         """
         with self._source.lock:
+            policy = tokenizer if self.config.cdr_policy_tokenizer is None else self._policy
             ends = frozenset(end_ids)
-            is_new = tokenizer is not self._policy or ends != self._policy_ends
-            if self.config.cdr_policy_tokenizer is None and is_new:
-                self._policy, self._policy_ends = tokenizer, ends
-                self._reader = None
+            if policy is not self._policy or ends != self._policy_ends:
+                self._policy, self._policy_ends, self._reader = policy, ends, None
 
     def use_policy(self, policy: nn.Module) -> None:
         """

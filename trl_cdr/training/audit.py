@@ -22,10 +22,13 @@ class Audit:
     Attributes:
         path (`Path`): The file that was read.
         monitors (`dict[str, Monitor]`): By the `cdr_name` of each reward, after the whole log.
+        later (`Path` or `None`): A log of the folder that was written after it, and does not go as far: of a run that
+            went back to a checkpoint, or began anew. (Copying a folder may change what was written when.)
     """
 
     path: Path
     monitors: dict[str, Monitor]
+    later: Path | None = None
 
     @property
     def is_alarming(self) -> bool:
@@ -45,7 +48,7 @@ def audit(folder: str | Path) -> Audit:
         InputError: there is no log, or none that can be read; it lacks the metrics of a [`CDRReward`], or they end
             before anything can be said of one of the rewards.
     """
-    path, history = _find(Path(folder))
+    path, history, later = _find(Path(folder))
     names = names_in(history)
     if not names:
         raise InputError(
@@ -60,9 +63,9 @@ def audit(folder: str | Path) -> Audit:
         if not monitor.is_judged:
             raise InputError(
                 f"{path} is too short to judge {name}: {monitor.n_readings} of its logs hold the metrics, as finite "
-                "numbers. A verdict takes the first 10 steps (or the first log) and three logs after them."
+                "numbers. A verdict takes the first 10 steps (three logs at least) and three logs after them."
             )
-    return Audit(path, monitors)
+    return Audit(path, monitors, later)
 
 
 def print_audit(found: Audit) -> None:
@@ -81,22 +84,31 @@ def print_audit(found: Audit) -> None:
     for name, monitor in found.monitors.items():
         verdict = "no alarm" if monitor.alarm is None else f"ALARM at step {monitor.alarm.step}: {monitor.alarm.reason}"
         console.print(f"{name}: {verdict}", markup=False, highlight=False)
+    if found.later is not None:
+        console.print(
+            f"{found.later} was written later, and does not go as far. Where the run went back to a checkpoint, or "
+            "began anew, judge that file: copy it into a folder of its own.",
+            markup=False,
+            highlight=False,
+        )
 
 
-def _find(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """The log that goes furthest, and where it is."""
+def _find(folder: Path) -> tuple[Path, list[dict[str, Any]], Path | None]:
+    """The log that goes furthest, where it is, and another one that was written later."""
     if not folder.is_dir():
         raise InputError(f"{str(folder)!r} is no folder. Pass the output_dir of a run, or a checkpoint.")
     checkpoints = [path for path in folder.glob(f"checkpoint-*/{_STATE}") if _number(path.parent) is not None]
     checkpoints.sort(key=lambda path: _number(path.parent) or 0)
-    files = [path for path in (folder / _STATE, *checkpoints[-1:]) if path.is_file()]
+    files = [path for path in (*checkpoints, folder / _STATE) if path.is_file()]
     if not files:
         raise InputError(
             f"{str(folder)!r} holds no {_STATE}, and no checkpoint that does. Pass the output_dir of a run that has "
             "saved one (trl-cdr train does; else save_strategy, or trainer.save_state())."
         )
-    found = [(path, _read(path)) for path in files]
-    return max(found, key=lambda item: max((entry.get("step") or 0 for entry in item[1]), default=0))
+    found = [(path, _read(path)) for path in reversed(files[-2:])]
+    path, history = max(found, key=lambda item: max((entry.get("step") or 0 for entry in item[1]), default=0))
+    last = max(files, key=lambda file: file.stat().st_mtime_ns)
+    return path, history, last if last.stat().st_mtime_ns > path.stat().st_mtime_ns else None
 
 
 def _number(checkpoint: Path) -> int | None:

@@ -3,6 +3,7 @@
 Knows no trainer and no model; `train` calls it.
 """
 
+import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _load(name: str, arguments: ScriptArguments) -> Mapping[str, Any]:
         if not path.is_file():
             raise FileNotFoundError("no such file exists")
         return load_dataset(  # type: ignore[no-any-return]
-            _BUILDERS[path.suffix], data_files=str(path), streaming=arguments.dataset_streaming
+            _BUILDERS[path.suffix], data_files=glob.escape(str(path)), streaming=arguments.dataset_streaming
         )
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(str(path))

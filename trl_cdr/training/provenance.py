@@ -43,7 +43,11 @@ class ProvenanceCallback(TrainerCallback):  # type: ignore[misc]
 
     def join(self, trainer: Any) -> None:
         """Record all rewards of a trainer from now on, wherever it saves the model and in its model cards."""
-        self._ask(self._rewards(trainer))
+        rewards = self._rewards(trainer)
+        for reward in rewards:
+            if reward.config.cdr_share_policy:  # one that has not been called yet
+                reward.attach(trainer)
+        self._ask(rewards)
         if trainer.is_world_process_zero():
             self._write(Path(trainer.args.output_dir))
         if self._joined is trainer:

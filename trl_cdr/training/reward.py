@@ -1,6 +1,7 @@
 """Score -> TRL's reward-function contract. Touches no model; `scoring.scorer` does, and `scoring.rewards`."""
 
 import asyncio
+import inspect
 import logging
 import time
 import weakref
@@ -98,7 +99,7 @@ class CDRReward:
             raise ConfigError(
                 f"criteria has several domains ({domains}), and nothing selects one. Pass router or domain."
             )
-        self._observers: list[Callable[[Call], None]] = []
+        self._observers: list[Callable[[], Callable[[Call], None] | None]] = []
         self._met: weakref.ref[Any] | None = None
         # TRL < 1.9 reads __name__ unguarded, and every version shows it in its logs (trl#6313).
         self.__name__ = f"{self.config.cdr_name}_reward"
@@ -146,7 +147,8 @@ class CDRReward:
             `list[float | None]`: one finite reward for each completion, in nats; `None` for one that can't be scored,
             where `cdr_on_unscorable="none"` asks for it, or `"auto"` knows from `log_metric` that the trainer leaves
             such a completion out: `OnlinePreferenceTrainer`, and GRPO and RLOO from TRL 1.6 without a second reward
-            function. Every other caller gets the floor: a trainer that is not known can't be told from you.
+            function. Every other caller gets the floor, 1 nat below the worst reward of the call, or of all processes'
+            where GRPO or RLOO asks: a trainer that is not known can't be told from you.
 
         Raises:
             UnscorableError: a row can't be scored and `cdr_on_unscorable="raise"`.
@@ -156,6 +158,23 @@ class CDRReward:
             ModelError: in a trainer's first call, the pair has other weights in another process; see also
                 `DensityRatioScorer.score`.
         """
+        lowest = self.scorer.ranks.lowest
+        told = {**columns, "completion_ids": completion_ids, "log_metric": log_metric, "log_extra": log_extra}
+        return self._reward(lowest, prompts, completions, **told)
+
+    def _reward(
+        self,
+        lowest: Callable[[float], float],
+        /,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str | Sequence[Message]],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """As `__call__`; `lowest` as in `rewards_from_scores`, where a trainer asks, which it does on every process."""
         trainer = _compat.trainer_behind(log_metric)
         if trainer is not None:
             self._meet(trainer)
@@ -166,7 +185,10 @@ class CDRReward:
         scores = score(prompts, completions, completion_ids=completion_ids, domains=domains)
         self._warn(scores)
         rewards = rewards_from_scores(
-            scores, on_unscorable=self._on_unscorable(trainer), reduction=self.config.cdr_reduction
+            scores,
+            on_unscorable=self._on_unscorable(trainer),
+            reduction=self.config.cdr_reduction,
+            lowest=lowest if self._is_asked(trainer) else float,
         )
         if scores and (log_metric is not None or log_extra is not None or self._observers):
             tokens = completion_ids if completion_ids is not None else [str(said).split() for said in completions]
@@ -180,14 +202,15 @@ class CDRReward:
         """
         This reward as a function to be awaited. GRPO, RLOO and `OnlinePreferenceTrainer` run several of these at once,
         after those that are not: it is for a pair that is on servers, beside other rewards that wait for something.
-        Calls in which processes wait for one another (the first one, and all with `replicas="node"`) run one by one.
+        Calls in which processes wait for one another (the first one, and all with `replicas="node"`) run one by one. In
+        the others the floor of what can't be scored is that of the process's own call.
         Pass it in place of the reward; everything else takes the reward itself.
         """
 
         async def reward(*args: Any, **kwargs: Any) -> list[float | None]:
             ranks = self.scorer.ranks
             if ranks.have_met and ranks.node is None:
-                return await asyncio.to_thread(self, *args, **kwargs)
+                return await asyncio.to_thread(self._reward, float, *args, **kwargs)
             return self(*args, **kwargs)  # waits for other processes, which have to be met in one order everywhere
 
         reward.__name__ = self.__name__
@@ -212,14 +235,16 @@ class CDRReward:
         self.scorer.use_policy(trainer.accelerator.unwrap_model(trainer.model))
 
     def observe(self, observer: Callable[[Call], None]) -> None:
-        """Have every later call handed to `observer`. Observers are not pickled."""
-        if observer not in self._observers:
-            self._observers.append(observer)
+        """
+        Have every later call handed to `observer`. Observers are not pickled, and a method does not keep its object: a
+        reward may outlive a trainer whose run ended by an error.
+        """
+        self.unobserve(observer)
+        self._observers.append(weakref.WeakMethod(observer) if inspect.ismethod(observer) else lambda: observer)
 
     def unobserve(self, observer: Callable[[Call], None]) -> None:
-        """Let go of an observer."""
-        if observer in self._observers:
-            self._observers.remove(observer)
+        """Let go of an observer, and of those that are gone."""
+        self._observers = [held for held in self._observers if held() not in (None, observer)]
 
     @property
     def _cdr_reward(self) -> "CDRReward":
@@ -249,8 +274,11 @@ class CDRReward:
         if self.config.cdr_on_unscorable != "auto":
             return self.config.cdr_on_unscorable
         # A function that calls this one may not expect None.
-        is_asked = any(_compat.cdr_reward(function) is self for function in _compat.reward_functions(trainer))
-        return "none" if is_asked and _compat.skips_missing_rewards(trainer) else "floor"
+        return "none" if self._is_asked(trainer) and _compat.skips_missing_rewards(trainer) else "floor"
+
+    def _is_asked(self, trainer: Any) -> bool:
+        """Whether a trainer (None: not known) asks this reward itself, and no function in between."""
+        return any(_compat.cdr_reward(function) is self for function in _compat.reward_functions(trainer))
 
     def _report(self, call: Call, log_metric: Any, log_extra: Any) -> None:
         name = self.config.cdr_name
@@ -262,8 +290,9 @@ class CDRReward:
             log_extra(f"{name}_weak_logps", [score.weak_logps for score in call.scores])
             log_extra(f"{name}_tokens", [score.n_tokens for score in call.scores])
             log_extra(f"{name}_gated", [score.gated for score in call.scores])
-        for observer in self._observers:
-            observer(call)
+        for held in self._observers:
+            if (observer := held()) is not None:
+                observer(call)
 
     def _warn(self, scores: Sequence[Score]) -> None:
         unscorable = [index for index, score in enumerate(scores) if score.error is not None]
