@@ -26,7 +26,7 @@ scorer = DensityRatioScorer(args.strong, args.weak)
 prompts = [[{"role": "user", "content": question}]] * len(completions)
 scores = scorer.score(prompts, completions)
 
-# A ratio is not to be trusted where the strong model does not find the text typical: such a completion is gated.
+# A ratio is not to be trusted where the strong model could hardly have written the text: such a completion is gated.
 print(f"{question}\n{'log-ratio':>10}{'strong':>9}{'weak':>9}{'tokens':>8}{'gated':>8}")
 for completion, score in zip(completions, scores, strict=True):
     numbers = f"{score.value:>+10.2f}{score.strong_logps:>9.2f}{score.weak_logps:>9.2f}{score.n_tokens:>8}"

@@ -51,4 +51,4 @@ trainer.save_model()
 logs = [entry for entry in trainer.state.log_history if "rewards/cdr_reward/mean" in entry]
 rewards = [entry["rewards/cdr_reward/mean"] for entry in logs]
 print(f"mean reward of the first log {rewards[0]:+.2f}, of the last {rewards[-1]:+.2f}; saved to {args.output_dir}")
-print(f"not typical of the strong model, of the last log: {logs[-1]['cdr/gated']:.1%}")
+print(f"gated, of the last log: {logs[-1]['cdr/gated']:.1%}")

@@ -1,4 +1,4 @@
-"""Write what examples/tiny.yaml reads: the demo's pair and policy, built from scratch in a minute, and its prompts.
+"""Write what tiny.yaml and rounds.yaml read: the demo's pair and policy, built from scratch in a minute, and prompts.
 
 python examples/tiny_world.py    # into ./trl-cdr-tiny, offline
 """

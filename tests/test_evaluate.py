@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from lora import save_adapter
 from pairs import WORDS, preferences, rows, say
 from tiny import BRACKETS, byte_tokenizer
 
@@ -13,7 +14,7 @@ from trl_cdr.annotation.evaluate import evaluate
 from trl_cdr.annotation.evaluate_files import EvaluateArguments
 from trl_cdr.annotation.evaluate_report import draw_evaluation
 from trl_cdr.annotation.judges import JUDGES
-from trl_cdr.annotation.passes import Passes
+from trl_cdr.annotation.passes import Passes, name_model
 from trl_cdr.annotation.rewardbench import REWARD_BENCH, ties_score
 from trl_cdr.cli import main
 from trl_cdr.config import CDRConfig
@@ -140,6 +141,24 @@ def test_a_model_is_run_once(config, tmp_path):
     names = [name for name in found["candidates"] if name.endswith("sum")]
     assert names == [f"{config.cdr_strong} over {config.cdr_weak}, sum", f"{turned[0]} over {turned[1]}, sum"]
     assert found["candidates"][names[0]][0] + found["candidates"][names[1]][0] == pytest.approx(1)
+
+
+@pytest.mark.compat
+def test_models_of_one_base_have_names_of_their_own(checkpoints, tmp_path):
+    adapter = save_adapter(tmp_path / "adapter", checkpoints["weak"])
+    config = CDRConfig(checkpoints["weak"], checkpoints["weak"], cdr_strong_adapter=adapter, cdr_gate="none")
+    other = (checkpoints["weak"], checkpoints["weak"])
+    found = evaluate(config, preferences(3), passes=Passes(tmp_path / "passes"), pairs=[other]).summary
+    adapted = f"{checkpoints['weak']} + {adapter}"
+    assert list(found["models"]) == [adapted, checkpoints["weak"]]
+    assert [name for name in found["candidates"] if name.endswith("sum")] == [
+        f"{adapted} over {checkpoints['weak']}, sum",
+        f"{checkpoints['weak']} over {checkpoints['weak']}, sum",
+    ]
+    revised = CDRConfig(
+        "a", "b", cdr_strong_revision="step1000", cdr_strong_adapter="c", cdr_strong_adapter_revision="d"
+    )
+    assert [name_model(revised, role) for role in ("strong", "weak")] == ["a@step1000 + c@d", "b"]
 
 
 def test_what_is_printed_and_written(run, tmp_path, capsys):

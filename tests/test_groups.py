@@ -150,6 +150,7 @@ def test_what_a_row_may_hold(prompt, completions):
         ({"prompt": "a", "completions": ["b", "b"]}, "has 2 completions that are all equal"),
         ({"prompt": "a", "completions": ["b", None]}, "the completion is None"),
         ({"prompt": "a", "completions": ["b", "c"], "finished": [True]}, "has finished: \\[True\\]"),
+        ({"prompt": "a", "completions": ["b", "c"], "finished": [1, 0]}, "has finished: \\[1, 0\\]"),
         ({"prompt": "a", "completions": ["b", "c"], "finished": [[True], [False]]}, "has finished: \\[\\[True\\]"),
     ],
 )

@@ -8,10 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
+from trl import ScriptArguments
 
 from trl_cdr import ConfigError, InputError
 from trl_cdr.annotation import reader
 from trl_cdr.annotation.reader import BadRow, every, needs, open_source, read_rows
+from trl_cdr.training.prompts import load_prompts
 
 ROWS = [{"prompt": f"p{index}", "completions": ["a\u2028b", "é"], "id": index} for index in range(7)]
 
@@ -88,6 +90,17 @@ def test_a_fingerprint_is_of_the_content(name, form, tmp_path):
         assert open_source(Dataset.from_list(ROWS[:-1])).fingerprint != before
 
 
+@pytest.mark.parametrize("name", ["a[1].csv", "a[1].json", "a[1].jsonl", "a[1].parquet"])
+def test_a_file_s_name_is_no_pattern(name, tmp_path):
+    for path, prompt in ((tmp_path / name, "right"), (tmp_path / name.replace("[1]", "1"), "wrong")):
+        data = Dataset.from_list([{"prompt": prompt}])
+        write = {".csv": data.to_csv, ".parquet": data.to_parquet}.get(path.suffix, data.to_json)
+        write(path)
+    assert [row.fields["prompt"] for row in read_rows(open_source(tmp_path / name))] == ["right"]
+    [found] = load_prompts(ScriptArguments(dataset_name=str(tmp_path / name)), splits=["train"])
+    assert found["prompt"] == ["right"]
+
+
 def test_a_row_says_where_it_stands(form):
     assert [row.where for row in read_rows(open_source(form("rows.jsonl")))][1:3] == [
         f"{form('rows.jsonl')}:{number}" for number in (3, 5)
@@ -104,6 +117,7 @@ BAD = [
     (b'{"prompt": "\\ud800"}', "holds half of a surrogate pair"),
     (b'{"text": "a"}', "needs the field prompt. Add it."),
     (b'{"prompt": "a", "finished": "no"}', "has finished: 'no'. Use true or false, or leave it out."),
+    (b'{"prompt": "a", "finished": 0}', "has finished: 0. Use true or false, or leave it out."),
 ]
 
 

@@ -39,11 +39,14 @@ def test_the_log(tmp_path):
 
 def test_pairs_with_the_template_s_variables(tmp_path):
     row = {"prompt": chat("hello"), "chosen": answer("a"), "rejected": answer("b"), "margin": 1.0}
-    (tmp_path / "pairs").mkdir()
-    Dataset.from_list([row] * 2).to_parquet(tmp_path / "pairs" / "train.parquet")
-    assert load_pairs(tmp_path, PAIRS).column_names == ["prompt", "chosen", "rejected"]
+    folder = tmp_path / "runs[1]"  # no pattern of names
+    for number, rows in enumerate(([row], [row] * 2)):
+        (folder / PAIRS / "data").mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(rows).to_parquet(folder / PAIRS / "data" / f"train-{number:06d}.parquet")
+    assert load_pairs(folder, PAIRS).column_names == ["prompt", "chosen", "rejected"]
     given = {"enable_thinking": False}
-    assert load_pairs(tmp_path, PAIRS, given)[1] == {
+    assert len(load_pairs(folder, PAIRS)) == 3
+    assert load_pairs(folder, PAIRS, given)[2] == {
         "prompt": chat("hello"),
         "chosen": answer("a"),
         "rejected": answer("b"),

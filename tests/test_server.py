@@ -72,6 +72,16 @@ def test_what_is_asked_and_answered(host, monkeypatch):
     assert ask(host, "long", "hello") == [long, hello]  # whatever it is asked beside
 
 
+def test_a_key_is_never_shown(host, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "se\u00e7ret\n")  # as a file with a line break gives it
+    with pytest.raises(ConfigError, match="^OPENAI_API_KEY holds a line break or another character") as error:
+        ask(host, "hello")
+    assert "ret" not in str(error.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "key\r\n")
+    ask(host, "hello", per_prompt=1)
+    assert host.asked[0][1] == "Bearer key"
+
+
 def test_what_goes_wrong_for_a_while(host):
     host.failures += [503, 429]
     [group] = ask(host, "hello", per_prompt=2)

@@ -16,7 +16,7 @@ from .accuracy import Choices, Values, average, credits, without_length
 from .baseline import compare_rows
 from .judges import NO_LENGTH, judge
 from .labels import choose, suggest
-from .passes import Passes, find_models
+from .passes import Passes, find_models, name_model
 from .preferences import Preference
 from .rewardbench import BENCHMARKS, TIES, ties_score
 from .tables import CRITERIA, PLAIN, Tables, read_tables, refuse_what_needs_a_trainer
@@ -239,7 +239,7 @@ def _candidates(
 
 def _name_candidate(judge: str, reading: str, pair: CDRConfig | None) -> str:
     name = judge if reading == PLAIN else f"{judge} with criteria"
-    return name if pair is None else f"{pair.cdr_strong} over {pair.cdr_weak}, {name}"
+    return name if pair is None else f"{name_model(pair, 'strong')} over {name_model(pair, 'weak')}, {name}"
 
 
 def _rows(values: Values, tables: Tables) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from ..scoring.columns import is_finished_or_not
 from ..scoring.completions import read_completion
 from ..scoring.encoding import Completion, Message, Unscorable, read_text, shorten
 from ..scoring.score import Score
@@ -80,11 +81,7 @@ def read_group(fields: Mapping[str, Any]) -> tuple[list[Message], list[Completio
     finished = fields.get("finished")
     if finished is None:
         finished = [True] * len(texts)
-    elif (
-        not isinstance(finished, list)
-        or len(finished) != len(texts)
-        or not all(one in (True, False, None) for one in finished)
-    ):
+    elif not isinstance(finished, list) or len(finished) != len(texts) or not all(map(is_finished_or_not, finished)):
         raise Unscorable(f"has finished: {shorten(finished)}. Give true, false or null for each of its completions")
     return messages, [Completion(text, said) for text, said in zip(texts, finished, strict=True)]
 

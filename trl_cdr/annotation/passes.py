@@ -110,8 +110,8 @@ class Model:
 
     @property
     def name(self) -> str:
-        """As the config has it."""
-        return str(getattr(self.config, f"cdr_{self.role}"))
+        """See `name_model`."""
+        return name_model(self.config, self.role)
 
     @property
     def is_served(self) -> bool:
@@ -122,6 +122,16 @@ class Model:
     def key(self) -> str:
         """What tells models apart."""
         return sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def name_model(config: CDRConfig, role: str) -> str:
+    """As the config has it, `name@revision + adapter@revision`, so that no two models of one base share a name."""
+    parts = []
+    for each in (f"cdr_{role}", f"cdr_{role}_adapter"):
+        name, revision = getattr(config, each), getattr(config, f"{each}_revision")
+        if name is not None:
+            parts.append(str(name) if revision is None else f"{name}@{revision}")
+    return " + ".join(parts)
 
 
 def find_models(places: Sequence[tuple[CDRConfig, str]]) -> list[Model]:

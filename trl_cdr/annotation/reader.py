@@ -4,6 +4,7 @@ A source is opened once, which counts and hashes its rows, and read as often as 
 is more of it in memory than a batch. What a row has to hold is the caller's to say (`check`). Runs no model.
 """
 
+import glob
 import gzip
 import hashlib
 import itertools
@@ -21,6 +22,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from ..errors import ConfigError, InputError
+from ..scoring.columns import is_finished_or_not
 
 OnBadRow = Literal["raise", "skip"]
 Check = Callable[[Mapping[str, Any]], str | None]
@@ -211,7 +213,7 @@ def needs(*names: str) -> Check:
     def check(fields: Mapping[str, Any]) -> str | None:
         if not wanted <= fields.keys():
             return f"needs the {listed}. Add {'them' if len(names) > 1 else 'it'}."
-        if fields.get("finished") not in (True, False, None):
+        if not is_finished_or_not(fields.get("finished")):
             return f"has finished: {fields['finished']!r}. Use true or false, or leave it out."
         return None
 
@@ -376,7 +378,7 @@ def _load(name: str, path: Path, split: str, subset: str | None) -> Any:
     """What `datasets` makes of a name."""
     try:
         if path.suffix in _BUILDERS:
-            return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+            return load_dataset(_BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train")
         if path.is_dir() and _is_saved(path):
             return load_from_disk(str(path))
         return load_dataset(str(path) if path.is_dir() else name, subset, split=split)

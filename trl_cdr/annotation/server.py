@@ -67,6 +67,7 @@ class Server:
 
         Raises:
             ModelError: the server can't be reached, refuses, or keeps a part of what the model wrote apart.
+            ConfigError: no header takes the key.
         """
         options = {"model": self.model, "temperature": temperature, "top_p": 1.0, "max_tokens": max_new_tokens}
         bodies = [
@@ -74,7 +75,9 @@ class Server:
             for prompt, seed in zip(prompts, seeds, strict=True)
             for number in range(per_prompt)
         ]
-        key = os.environ.get("OPENAI_API_KEY")
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (key.isascii() and key.isprintable()):  # refused by the client with the whole key in its message
+            raise ConfigError("OPENAI_API_KEY holds a line break or another character that no header takes. Mend it.")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = self._httpx.Timeout(**_SECONDS)
         with self._httpx.Client(headers=headers, timeout=timeout) as client, ThreadPoolExecutor(_AT_ONCE) as pool:

@@ -7,6 +7,7 @@ round-2/policy/      the model and its tokenizer: there as a whole, or not at al
 import copy
 import errno
 import gc
+import glob
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -231,7 +232,9 @@ def load_pairs(folder: Path, name: str, chat_template_kwargs: Mapping[str, Any] 
         name (`str`): `PAIRS` or `EVAL_PAIRS`.
         chat_template_kwargs (`Mapping`, *optional*): Such as `{"enable_thinking": False}`.
     """
-    pairs = load_dataset(str(folder / name), split="train", cache_dir=str(folder / TRAINING / _CACHE))
+    shards = [glob.escape(str(path)) for path in sorted((folder / name / "data").glob("*.parquet"))]
+    cache = str(folder / TRAINING / _CACHE)
+    pairs = load_dataset("parquet", data_files=shards, split="train", cache_dir=cache)
     pairs = pairs.select_columns(["prompt", "chosen", "rejected"])
     if chat_template_kwargs:
         pairs = pairs.add_column("chat_template_kwargs", [dict(chat_template_kwargs)] * len(pairs))

@@ -68,8 +68,13 @@ def check_columns(prompts: Any, completions: Any, **optional: Any) -> None:
                 "Pass as many of one as of the other."
             )
     for index, said in enumerate(given.get("finished", ())):
-        if said not in (True, False, None):
+        if not is_finished_or_not(said):
             raise InputError(f"finished[{index}] is {said!r}. Use True, False or None.")
+
+
+def is_finished_or_not(value: Any) -> bool:
+    """Whether a value says that a completion is finished, that it is not, or nothing; 0 equals False, and does not."""
+    return value is None or isinstance(value, bool)
 
 
 def check_ids(completion_ids: Sequence[Any]) -> list[list[int]]:
