@@ -1,5 +1,6 @@
 """TRL's reward-function contract."""
 
+import asyncio
 import math
 import pickle
 
@@ -65,6 +66,18 @@ def test_an_unscorable_row_gets_the_floor_and_is_counted(reward, caplog):
     assert logged["cdr/strong_logps"] < 0
     assert {key.split("/")[0] for key in logged} == {"cdr"}
     assert "cdr_reward: 1 of 3 completions could not be scored. The first, row 1: the completion is None" in caplog.text
+
+
+def test_a_call_that_runs_beside_others_waits_for_no_process(checkpoints, monkeypatch):
+    """Their order differs from process to process, so that two rewards would read one another's."""
+    reward = CDRReward(checkpoints["strong"], checkpoints["weak"], gate="none", max_length=4, on_unscorable="floor")
+    monkeypatch.setattr(reward, "_is_asked", lambda trainer: True)
+    asked = []
+    monkeypatch.setattr(reward.scorer.ranks, "lowest", lambda worst: asked.append(worst) or worst)
+    rows = {"prompts": ["a"] * 2, "completions": ["b", "too long for it"]}
+    awaited = asyncio.run(reward.awaitable(**rows))
+    assert asked == []
+    assert reward(**rows) == awaited == [asked[0], asked[0] - 1]
 
 
 def test_the_gate_makes_the_reward_and_leaves_the_score(checkpoints, strong, tokenizer):

@@ -6,6 +6,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from .metrics import Call, call_metrics
 from .provenance import ProvenanceCallback
 
 logger = logging.getLogger(__name__)
+
+_MAY_WAIT = ContextVar("whether a call may wait for other processes", default=True)
 
 
 class CDRReward:
@@ -158,23 +161,6 @@ class CDRReward:
             ModelError: in a trainer's first call, the pair has other weights in another process; see also
                 `DensityRatioScorer.score`.
         """
-        lowest = self.scorer.ranks.lowest
-        told = {**columns, "completion_ids": completion_ids, "log_metric": log_metric, "log_extra": log_extra}
-        return self._reward(lowest, prompts, completions, **told)
-
-    def _reward(
-        self,
-        lowest: Callable[[float], float],
-        /,
-        prompts: Sequence[Prompt],
-        completions: Sequence[str | Sequence[Message]],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        *,
-        log_metric: Callable[[str, float], None] | None = None,
-        log_extra: Callable[[str, list[Any]], None] | None = None,
-        **columns: Any,
-    ) -> list[float | None]:
-        """As `__call__`; `lowest` as in `rewards_from_scores`, where a trainer asks, which it does on every process."""
         trainer = _compat.trainer_behind(log_metric)
         if trainer is not None:
             self._meet(trainer)
@@ -188,7 +174,7 @@ class CDRReward:
             scores,
             on_unscorable=self._on_unscorable(trainer),
             reduction=self.config.cdr_reduction,
-            lowest=lowest if self._is_asked(trainer) else float,
+            lowest=self.scorer.ranks.lowest if _MAY_WAIT.get() and self._is_asked(trainer) else float,
         )
         if scores and (log_metric is not None or log_extra is not None or self._observers):
             tokens = completion_ids if completion_ids is not None else [str(said).split() for said in completions]
@@ -210,7 +196,11 @@ class CDRReward:
         async def reward(*args: Any, **kwargs: Any) -> list[float | None]:
             ranks = self.scorer.ranks
             if ranks.have_met and ranks.node is None:
-                return await asyncio.to_thread(self._reward, float, *args, **kwargs)
+                before = _MAY_WAIT.set(False)
+                try:
+                    return await asyncio.to_thread(self, *args, **kwargs)
+                finally:
+                    _MAY_WAIT.reset(before)
             return self(*args, **kwargs)  # waits for other processes, which have to be met in one order everywhere
 
         reward.__name__ = self.__name__
