@@ -124,7 +124,7 @@ class Lab:
                 ]
                 for name, written in groups.items()
             }
-            honest["a person's"] = [(task, text, True) for task, text in real_world.WRITTEN]
+            honest["written by hand"] = [(task, text, True) for task, text in real_world.WRITTEN]
             right = {  # one for each task
                 task: one.text
                 for task, group in zip(tasks, policys, strict=True)
