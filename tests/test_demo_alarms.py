@@ -79,5 +79,5 @@ def test_a_run_is_recorded_once(tmp_path, monkeypatch):
     assert (len(run["calls"]), len(run["gold"]["gold"])) == (24, 13)
     assert {"strong_logps", "weak_logps", "tokens"} <= set(run["calls"][0])
     assert outcome.name == "dpo, none, 5"
-    monkeypatch.setattr(alarms, "record", None)  # what is there is not trained again
+    monkeypatch.setattr(alarms, "record", lambda *_, **__: pytest.fail("what is there was trained again"))
     assert alarms.run_alarms(tmp_path, seeds=[5]) == [outcome]
