@@ -55,6 +55,7 @@ def test_the_log_that_goes_furthest(tmp_path):
     """Of an interrupted run the last checkpoint; of a finished one the folder's own."""
     run = tmp_path / "run"
     write(run / "checkpoint-9", GOOD[:9])
+    (run / "checkpoint-9" / "trainer_state.json").write_text("{")  # not read: there is a later one
     write(run / "checkpoint-90", BAD[:90])
     (run / "checkpoint-100").mkdir()  # not saved whole
     write(run / "checkpoint-best", GOOD)

@@ -99,15 +99,15 @@ def _find(folder: Path) -> tuple[Path, list[dict[str, Any]], Path | None]:
         raise InputError(f"{str(folder)!r} is no folder. Pass the output_dir of a run, or a checkpoint.")
     checkpoints = [path for path in folder.glob(f"checkpoint-*/{_STATE}") if _number(path.parent) is not None]
     checkpoints.sort(key=lambda path: _number(path.parent) or 0)
-    files = [path for path in (*checkpoints, folder / _STATE) if path.is_file()]
+    files = [path for path in (folder / _STATE, *checkpoints[-1:]) if path.is_file()]
     if not files:
         raise InputError(
             f"{str(folder)!r} holds no {_STATE}, and no checkpoint that does. Pass the output_dir of a run that has "
             "saved one (trl-cdr train does; else save_strategy, or trainer.save_state())."
         )
-    found = [(path, _read(path)) for path in reversed(files[-2:])]
+    found = [(path, _read(path)) for path in files]
     path, history = max(found, key=lambda item: max((entry.get("step") or 0 for entry in item[1]), default=0))
-    last = max(files, key=lambda file: file.stat().st_mtime_ns)
+    last = max((*files, *checkpoints), key=lambda file: file.stat().st_mtime_ns)
     return path, history, last if last.stat().st_mtime_ns > path.stat().st_mtime_ns else None
 
 
