@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError, ModelError
 from ..scoring.encoding import Completion, Prompt
+from ..scoring.sources import read_api_key
 
 _AT_ONCE = 32  # requests
 _ATTEMPTS = 6
@@ -75,9 +75,7 @@ class Server:
             for prompt, seed in zip(prompts, seeds, strict=True)
             for number in range(per_prompt)
         ]
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not (key.isascii() and key.isprintable()):  # refused by the client with the whole key in its message
-            raise ConfigError("OPENAI_API_KEY holds a line break or another character that no header takes. Mend it.")
+        key = read_api_key("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = self._httpx.Timeout(**_SECONDS)
         with self._httpx.Client(headers=headers, timeout=timeout) as client, ThreadPoolExecutor(_AT_ONCE) as pool:

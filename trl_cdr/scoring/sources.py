@@ -1,10 +1,12 @@
 """Names in the options -> where a model is: a base, and maybe an adapter upon it, or a server that holds it.
 
-Reads configs alone; `loading` loads a base, `adapters` puts the adapter on it, `served_lm` asks a server.
+Reads configs, and keys from the environment; `loading` loads a base, `adapters` puts the adapter on it, `served_lm` asks
+a server.
 """
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,6 +240,22 @@ def find_sources(config: CDRConfig) -> dict[str, Source]:
             "cdr_weak_revision the same value, or merge the adapter into its base where two bases are meant."
         )
     return found
+
+
+def read_api_key(variable: str) -> str:
+    """
+    A server's key from the environment; empty where there is none.
+
+    Args:
+        variable (`str`): The environment variable's name.
+
+    Raises:
+        ConfigError: no header takes it. HTTP clients refuse such a key with the whole of it in their message.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{variable} holds a line break or another character that no header takes. Mend it.")
+    return key
 
 
 def share_base(config: CDRConfig, sources: Mapping[str, Source]) -> bool:

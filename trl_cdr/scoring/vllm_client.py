@@ -12,7 +12,6 @@ where the server has that endpoint (`--enable-scale-out`) and tells with each an
 
 import json
 import math
-import os
 import threading
 import time
 import weakref
@@ -37,7 +36,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, ModelError
 from .encoding import Row, shorten
-from .sources import Served
+from .sources import Served, read_api_key
 
 # Rows that wait for one replica. vLLM batches as many as it has room for, and queues the rest.
 AT_ONCE = 32
@@ -96,9 +95,7 @@ class VllmClient:
         self.served = served
         self.reads_prefix = False
         self._role = role
-        key = os.environ.get("VLLM_API_KEY", "").strip()
-        if not (key.isascii() and key.isprintable()):
-            raise ConfigError("VLLM_API_KEY holds a line break or another character that no header takes. Mend it.")
+        key = read_api_key("VLLM_API_KEY")
         self._has_key = bool(key)
         most = AT_ONCE * len(served.urls)
         self._http = httpx.Client(
