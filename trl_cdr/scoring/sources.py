@@ -1,7 +1,7 @@
 """Names in the options -> where a model is: a base, and maybe an adapter upon it, or a server that holds it.
 
-Reads configs, and keys from the environment; `loading` loads a base, `adapters` puts the adapter on it, `served_lm` asks
-a server.
+Reads configs, and keys from the environment; `loading` loads a base, `adapters` puts the adapter on it, `served_lm`
+asks a server.
 """
 
 import json
