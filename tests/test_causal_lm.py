@@ -10,9 +10,9 @@ from oracle import assert_naive, completion_logps
 from tiny import llama, scarce
 from transformers import BertConfig, BertModel, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from trl_cdr import ModelError
+from trl_cdr import ModelError, _compat
 from trl_cdr.bench.naive import naive_logps
-from trl_cdr.scoring import forward, tree_attention
+from trl_cdr.scoring import causal_lm, forward, tree_attention
 from trl_cdr.scoring.causal_lm import CausalLM
 from trl_cdr.scoring.encoding import Row
 from trl_cdr.scoring.forward import Padded
@@ -27,6 +27,8 @@ DISTINCT = [Row((first, 2, 3), (4, 5, 6, 7)) for first in range(9)]
 
 # transformers 4.56's own config reads the attribute that it warns of; drop with the floor
 @pytest.mark.filterwarnings("ignore:The `sliding_window_pattern` attribute is deprecated:FutureWarning")
+@pytest.mark.compat
+@pytest.mark.filterwarnings("ignore:.*have no functionality in BLOOM:FutureWarning")  # transformers 4
 @pytest.mark.parametrize("by_tree", [True, False], ids=["by tree", "under the mask"])
 @pytest.mark.parametrize("num_prefix", [0, 45])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,6 +111,38 @@ def test_an_unknown_head_takes_the_slower_path_and_says_so_once(caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "weak" in caplog.text
     assert "row by row" in caplog.text
+
+
+def test_log_way_warns_once_of_lost_speed(caplog, monkeypatch):
+    """A Llama is known to pack: if it does not, the reason and the cost are a warning, at the first call."""
+    monkeypatch.setattr(_compat, "attention_implementation", lambda config: "flash_attention_9")
+    lm = CausalLM(llama(V), "strong")
+    with caplog.at_level(logging.INFO, logger="trl_cdr"):
+        assert lm.way()[0] == "padded"
+        assert lm.per_token_logps(Layout([]), token_budget=1000) == []
+        assert caplog.records == []
+        for _ in range(2):
+            lm.per_token_logps(Layout(SHARED), token_budget=1000)
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "strong (LlamaForCausalLM, LlamaForCausalLM) runs padded, not packed: its attention (flash_attention_9) takes "
+        "no mask of ours; load it with attn_implementation='sdpa'. Its first call runs 72 tokens, of which 24 are "
+        "unique (3.0 times as many)."
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*have no functionality in BLOOM:FutureWarning")  # transformers 4
+@pytest.mark.parametrize(("family", "level"), [("Llama", "INFO"), ("BLOOM", "INFO"), ("Qwen3-MoE", "WARNING")])
+def test_log_way_warns_if_the_type_is_known_to_pack(family, level, caplog, monkeypatch):
+    if level == "WARNING":
+        monkeypatch.setattr(causal_lm, "missing_input", lambda decoder: "its forward ignores attention_mask")
+    lm = CausalLM(build_family(family), "weak")
+    with caplog.at_level(logging.INFO, logger="trl_cdr"):
+        lm.per_token_logps(Layout(SHARED), token_budget=1000)
+    [record] = caplog.records
+    assert record.levelname == level
+    assert ("unique" in record.getMessage()) == (family != "Llama")
 
 
 def test_the_head_runs_only_where_a_completion_token_is_predicted():

@@ -210,10 +210,12 @@ def test_bench_prints_ours_beside_the_other_ways(checkpoints, capsys, monkeypatc
     for case in result["cases"]:
         assert case["max_difference"] < 1e-4
         assert set(case["seconds"]) == {"ours", "cold", "gated", "padded", "naive", "plain"}
-    assert result["ways"] == ["packed", "packed"]
+    ways = [f"{role} ({checkpoints[role]}, LlamaForCausalLM) runs packed" for role in ("strong", "weak")]
+    assert result["ways"] == ways
     main(["bench", "--workload", "single", *pair])
     printed = capsys.readouterr().out
     assert "2 x 2, prefix 40" in printed
+    assert f"{'; '.join(ways)}." in printed
     assert "Tflop/s" in printed
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from lora import save_adapter
 from test_cli import fails
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, LlamaConfig
 
 from trl_cdr import CDRConfig, ConfigError
 from trl_cdr.cli import main
-from trl_cdr.doctor import DoctorArguments, examine, examine_memory, print_memory
+from trl_cdr.doctor import DoctorArguments, examine, examine_memory, missed_requirement, print_memory
 from trl_cdr.scoring import loading
 
 
@@ -48,6 +48,34 @@ def test_what_was_loaded_stands_beside_the_arithmetic(checkpoints, capsys):
     measured = sum(found["pair"][role]["weights_mb"] for role in ("strong", "weak")) * 2**20
     assert counted <= measured < counted + 1000  # and the buffers
     assert found["memory"]["memory_bytes"] == 2**30
+
+
+def test_require_packed_exits_with_status_1(checkpoints, tmp_path, capsys):
+    main(arguments(checkpoints, "--require", "packed"))
+    assert "trl-cdr doctor" not in capsys.readouterr().err
+    bloom = tmp_path / "bloom"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["weak"])
+    tokenizer.save_pretrained(bloom)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    BloomForCausalLM(BloomConfig(**sizes)).save_pretrained(bloom)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments({**checkpoints, "weak": str(bloom)}, "--require", "packed"))
+    assert stop.value.code == 1
+    printed = capsys.readouterr()
+    assert "runs padded (its positions are distances in the sequence (ALiBi))" in printed.out
+    assert printed.err.endswith(
+        f"trl-cdr doctor: --require is packed, and weak ({bloom}) runs padded: its positions are distances in the "
+        "sequence (ALiBi).\n"
+    )
+
+
+def test_require_is_checked_against_loaded_models(checkpoints, capsys):
+    assert "no_load is set" in fails(capsys, arguments(checkpoints, "--require", "packed", "--no_load"))
+    assert "require" in fails(capsys, arguments(checkpoints, "--require", "fast"))
+    found = {"pair": {"strong": {"name": "s", "servers": ["http://s"]}, "weak": {"name": "w", "way": "packed"}}}
+    missed = missed_requirement(found, DoctorArguments(require="packed"))
+    assert missed == "--require is packed, and strong (s) is on a server."
+    assert missed_requirement(found, DoctorArguments()) is None
 
 
 @pytest.mark.parametrize("offload", ["none", "disk"])

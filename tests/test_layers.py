@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import trl_cdr
+from trl_cdr import _compat
 
 ROOT = Path(trl_cdr.__file__).parent
 FLOORS = {
@@ -69,6 +70,39 @@ def test_imports_point_downwards(path):
 
 def test_every_room_has_a_floor():
     assert {room(path) for path in FILES} <= set(FLOORS)
+
+
+def private_parts(tree, own):
+    """Private names of other libraries that code touches, by attribute or by `getattr`, and readers of signatures."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name = node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
+            name = getattr(node.args[1], "value", "")
+        else:
+            continue
+        is_private = isinstance(name, str) and name.startswith("_") and not name.startswith("__")
+        if (is_private and name not in own) or name in ("signature", "getfullargspec"):
+            yield f"line {node.lineno}: {name}"
+
+
+def defined_names(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+
+
+def test_only_compat_touches_private_parts():
+    """What `OnlinePreferenceTrainer` inherits is the exception: `check_grpo_attributes` looks for it."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+    own = {name for tree in trees.values() for name in defined_names(tree)} | set(_compat._GRPO_ATTRIBUTES)
+    found = [f"{path}: {part}" for path, tree in trees.items() for part in private_parts(tree, own)]
+    assert [part for part in found if "_compat.py" not in part] == []
+    assert any("_compat.py" in part for part in found)
 
 
 def test_importing_is_cheap_and_silent():

@@ -1,5 +1,8 @@
 """What the check at load lets pass, and what it does not: heads, windows, positions, types."""
 
+import inspect
+import re
+
 import pytest
 import torch
 from families import FAMILIES, V, build_family, random_rows
@@ -12,7 +15,7 @@ from trl_cdr import ModelError
 from trl_cdr.scoring import causal_lm as module
 from trl_cdr.scoring import packed
 from trl_cdr.scoring.causal_lm import CausalLM
-from trl_cdr.scoring.forward import Padded
+from trl_cdr.scoring.forward import Decoder, Padded
 from trl_cdr.scoring.load_check import TOLERANCE, short_windows
 from trl_cdr.scoring.packing import Layout
 
@@ -22,7 +25,7 @@ from trl_cdr.scoring.packing import Layout
 def test_the_check_refuses_what_the_config_would(family, monkeypatch):
     """Two nets: an architecture that the config does not betray is caught by its log-probabilities."""
     monkeypatch.setattr(module, "why_not_packed", lambda decoder: None)
-    monkeypatch.setattr(module, "ignores_positions", lambda decoder: False)
+    monkeypatch.setattr(module, "missing_input", lambda decoder: None)
     way, reason = CausalLM(build_family(family), "strong").way()
     assert way == "padded"
     assert "differ" in reason or "fails" in reason
@@ -76,21 +79,132 @@ def test_an_architecture_that_was_not_compared_is_padded(monkeypatch):
     assert "architecture (llama) has not been compared" in reason
 
 
-class Unplaced(LlamaModel):
-    """A backbone that takes position_ids and counts for itself."""
-
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
-        kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
-        return super().forward(input_ids=input_ids, **kwargs)
+TODAY = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
-def test_a_backbone_that_ignores_positions_is_padded():
+class Renamed(LlamaModel):
+    """A backbone that takes keys and values by one name, and no other."""
+
+    name = ""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None, **given):
+        kept = given.pop(self.name, None)
+        strange = [name for name in ("cache", "past_key_values") if given.pop(name, None) is not None]
+        if strange:
+            raise TypeError(f"forward() got an unexpected keyword argument {strange[0]!r}")
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        return super().forward(input_ids, **inputs, **({} if kept is None else {TODAY: kept}))
+
+
+class CacheAlone(Renamed):
+    """As in a later transformers, in which the old name is gone."""
+
+    name = "cache"
+
+
+class OldNameAlone(Renamed):
+    """As in code of a checkpoint's own, from before the new name."""
+
+    name = "past_key_values"
+
+
+class NoSignature(LlamaModel):
+    """A backbone with a wrapped forward, as a kernel or a compiler leaves it: no name is in its signature."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("backbone", [CacheAlone, OldNameAlone, NoSignature], ids=lambda kind: kind.__name__)
+def test_check_packs_whatever_the_cache_is_called(backbone):
     model = llama(V)
-    model.model.__class__ = Unplaced
+    model.model.__class__ = backbone
+    lm = CausalLM(model, "strong", prefix_cache_tokens=100)
+    assert lm.way() == ("packed", "")
+    rows = random_rows(0, num_prefix=40)
+    assert_naive(model, rows, lm.per_token_logps(Layout(rows, constant=Layout(rows).prefix), token_budget=4096))
+
+
+class NoCache(LlamaModel):
+    """Accepts every argument and returns nothing to continue from."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, **_):
+        return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+
+
+class CacheRefused(Renamed):
+    name = "neither"
+
+
+class MaskIgnored(LlamaModel):
+    def forward(self, *args, attention_mask=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class MaskRefused(LlamaModel):
+    def forward(self, *args, attention_mask=None, **kwargs):
+        assert attention_mask is None or attention_mask.ndim == 2, "a mask has two dimensions"
+        return super().forward(*args, **kwargs)
+
+
+class PositionsIgnored(LlamaModel):
+    """Accepts position_ids and counts by itself."""
+
+    def forward(self, *args, position_ids=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class PositionsRefused(LlamaModel):
+    def forward(self, *args, **kwargs):
+        if kwargs.get("position_ids") is not None:
+            raise ImportError("rotary kernels are not installed")
+        return super().forward(*args, **kwargs)
+
+
+MISSING = {
+    NoCache: r"takes no keys and values .*\(with cache: after 2 tokens the cache has keys and values of 0;",
+    CacheRefused: r"takes no keys and values .*with past_key_values: TypeError: .*unexpected keyword argument 'past_ke",
+    MaskIgnored: "^its forward ignores attention_mask$",
+    MaskRefused: "^its forward fails with attention_mask: AssertionError: a mask has two dimensions",
+    PositionsIgnored: "^its forward ignores position_ids$",
+    PositionsRefused: "^its forward fails with position_ids: ImportError: rotary kernels are not installed$",
+}
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("backbone", MISSING, ids=lambda kind: kind.__name__)
+def test_check_names_the_missing_input(backbone):
+    model = llama(V)
+    model.model.__class__ = backbone
     lm = CausalLM(model, "strong")
-    assert lm.way() == ("padded", "its forward ignores position_ids")
+    way, reason = lm.way()
+    assert way == "padded"
+    assert re.search(MISSING[backbone], reason), reason
     rows = random_rows(0, num_prefix=40)
     assert_naive(model, rows, lm.per_token_logps(Layout(rows), token_budget=4096))
+
+
+@pytest.mark.parametrize("broken", ["cache", "mask", "positions"])
+def test_check_that_runs_out_of_memory_raises(broken, monkeypatch):
+    """Memory is no property of the model: the next call checks again."""
+    lm = CausalLM(llama(V), "strong")
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as memory:
+        if broken == "cache":
+            memory.setattr("trl_cdr.scoring.kv_cache.DynamicCache.get_seq_length", fail)
+        else:
+            name = {"mask": "attention_mask", "positions": "position_ids"}[broken]
+            hidden = Decoder.hidden
+            memory.setattr(
+                Decoder, "hidden", lambda self, ids, **kwargs: fail() if name in kwargs else hidden(self, ids, **kwargs)
+            )
+        with pytest.raises(torch.OutOfMemoryError):
+            lm.way()
+    assert lm.way() == ("packed", "")
 
 
 @pytest.mark.parametrize("family", ["Mistral, sliding window", "Gemma 2", "Cohere 2"])

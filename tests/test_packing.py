@@ -42,6 +42,13 @@ def calls(draw):
     return [Row(prefix + draw(st.sampled_from(choices)), draw(completion)) for _ in range(count)], len(prefix)
 
 
+@given(calls())
+def test_num_unique_counts_each_token_once(call):
+    rows, num_prefix = call
+    layout = Layout(rows, constant=rows[0].prompt_ids[:num_prefix])
+    assert layout.num_unique == num_prefix + sum(len(pack.ids) for pack in layout.packs(limits(10**9)))
+
+
 @given(calls(), st.integers(1, 40), st.sampled_from([None, 1, 2, 5]))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @pytest.mark.usefixtures("shortest_stem")

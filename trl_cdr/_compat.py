@@ -1,4 +1,9 @@
-"""The one place that asks which TRL is installed, and what its objects are called there. Importing it is cheap."""
+"""Every private part of another library that the package uses, and every difference between their versions.
+
+Private parts are names with an underscore, signatures, names of classes and attributes that no documentation promises.
+No other module touches one (`tests/test_layers.py`), and `tests/test_private_parts.py` fails if one is gone. Importing
+this module is cheap: libraries are imported by the functions that need them.
+"""
 
 import inspect
 import platform
@@ -33,6 +38,10 @@ _GRPO_METHODS = {
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "log": ["logs", "start_time"],
 }
+_GRPO_ATTRIBUTES = (
+    *("_logs", "_metrics", "args", "log_completions", "log_unique_prompts", "mask_truncated_completions"),
+    *("num_completions_to_print", "num_generations", "num_generations_eval", "ref_model", "reward_weights"),
+)
 _GRPO_KEYS = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"}
 _IMAGES = ("pixel", "image", "video")  # one of these is in a key of every batch whose prompts hold images
 
@@ -124,6 +133,21 @@ def check_grpo(trainer: type) -> None:
             raise _untested(f"{trainer.__name__}.{name} takes other arguments than {expected} ({error})") from error
 
 
+def check_grpo_attributes(trainer: Any) -> None:
+    """
+    Check that a `GRPOTrainer` has the attributes that `OnlinePreferenceTrainer` reads.
+
+    Args:
+        trainer (`GRPOTrainer`): After its `__init__`.
+
+    Raises:
+        ConfigError: an attribute is missing: this TRL is not one that it was tested with.
+    """
+    missing = [name for name in _GRPO_ATTRIBUTES if not hasattr(trainer, name)]
+    if missing:
+        raise _untested(f"GRPOTrainer has no attribute {', '.join(missing)}")
+
+
 def check_generated(keys: Collection[str]) -> None:
     """
     Whether a batch that `GRPOTrainer` generated holds what `OnlinePreferenceTrainer` reads, and no images, which it
@@ -192,6 +216,73 @@ def without_deepspeed() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = held
+
+
+def attention_implementation(config: Any) -> str | None:
+    """Return how a transformers model computes attention, such as `"sdpa"` or `"eager"`; `None` if it is not known."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def keeps_recurrent_state(model: Any) -> bool:
+    """Return True if a transformers model keeps a recurrent state instead of, or besides, keys and values."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
+def takes_logits_to_keep(model: Any) -> bool:
+    """Return True if a transformers model's forward names `logits_to_keep`. A hint: the shape of its logits decides."""
+    parameters = inspect.signature(model.forward).parameters
+    return "logits_to_keep" in parameters
+
+
+def is_dispatched(module: Any) -> bool:
+    """Return True if accelerate moves a module's inputs or weights between devices (`device_map`)."""
+    return hasattr(module, "_hf_hook")
+
+
+def prepare_inputs(trainer: Any, batch: Any) -> Any:
+    """Return a batch as a trainer of transformers or TRL gives it to its loss. GRPO and RLOO generate here."""
+    return trainer._prepare_inputs(batch)
+
+
+def children(module: Any) -> dict[str, Any]:
+    """Return a torch module's own table of its children, which may be changed. An entry may be `None`."""
+    return module._modules  # type: ignore[no-any-return]
+
+
+def clear_hooks(module: Any) -> None:
+    """Remove all hooks of a torch module, and the forward that a library has put in the place of its class's."""
+    vars(module).pop("forward", None)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(module, hooks).clear()
+
+
+def without_peft(module: Any) -> Any:
+    """Return the module that PEFT has wrapped, in a tuner's layer or beside a trained copy; any other as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    while True:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif "original_module" in children(module):  # beside a trained copy (modules_to_save)
+            module = module.original_module
+        else:
+            return module
+
+
+def is_merged(module: Any) -> bool:
+    """Return True if a PEFT layer has its adapter merged into the weights of its base."""
+    return bool(getattr(module, "merged", False))
+
+
+def cpu_attention() -> Any:
+    """
+    Return the kernel that torch's `scaled_dot_product_attention` runs on a CPU, or `None` if this torch has none.
+
+    It also returns the log-sum-exp of the scores, (B, heads, Q).
+    """
+    import torch
+
+    return getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def _untested(what: str) -> ConfigError:

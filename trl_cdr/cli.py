@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: with status 2 where arguments or input are wrong; the message on stderr says what to change. With
-            status 1 where `probe` finds more than `--max_win` allows, or `audit` an alarm.
+            status 1 if `probe` finds more than `--max_win` allows, `audit` finds an alarm, or a model does not run as
+            `doctor --require` asks.
     """
     parser = argparse.ArgumentParser(
         prog="trl-cdr",
@@ -253,14 +254,19 @@ def _bench(argv: list[str]) -> None:
 
 def _doctor(argv: list[str]) -> None:
     from .config import CDRConfig
-    from .doctor import DoctorArguments, examine, print_examination
+    from .doctor import DoctorArguments, examine, missed_requirement, print_examination
 
     groups = (
         Group("what to look at", DoctorArguments),
         Group("a pair to load and check (without one, versions alone)", CDRConfig),
     )
     arguments, config = _parse("doctor", groups, argv) if argv else (DoctorArguments(), None)
-    print_examination(examine(config, arguments))
+    found = examine(config, arguments)
+    print_examination(found)
+    missed = missed_requirement(found, arguments)
+    if missed is not None:
+        print(f"trl-cdr doctor: {missed}", file=sys.stderr)
+        raise SystemExit(1)
 
 
 def _parse_with_pair(command: str, title: str, kind: type, argv: list[str]) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -53,6 +53,10 @@ class DoctorArguments:
             "Loads the pair twice, one after the other."
         },
     )
+    require: Literal["packed"] | None = field(
+        default=None,
+        metadata={"help": "Exit with status 1 if a model does not run in this way: for a job that must not be slow."},
+    )
     input: str | None = field(
         default=None,
         metadata={"help": "With probe: JSONL of prompts and completions, as score reads it, in place of our own rows."},
@@ -62,6 +66,11 @@ class DoctorArguments:
         self.memory_bytes  # noqa: B018 - raises
         if self.probe and self.no_load:
             raise ConfigError("probe scores with the pair, and no_load keeps it from being loaded. Leave out one.")
+        if self.require is not None and self.no_load:
+            raise ConfigError(
+                f"require is {self.require!r}, and no_load is set. How a model runs is known after it is loaded. Leave "
+                "out no_load."
+            )
         if self.input is not None and not self.probe:
             raise ConfigError(f"input is {self.input!r}, which --probe alone reads. Pass --probe too.")
 
@@ -112,6 +121,29 @@ def examine(config: CDRConfig | None, arguments: DoctorArguments | None = None) 
         "memory": memory,
         "probe": probed,
     }
+
+
+def missed_requirement(found: dict[str, Any], arguments: DoctorArguments) -> str | None:
+    """
+    Check the pair against `--require`.
+
+    Args:
+        found (`dict`): What `examine` returned.
+        arguments (`DoctorArguments`): With `require`.
+
+    Returns:
+        `str` or `None`: the models that do not run as required, each with the reason; `None` if all do.
+    """
+    if arguments.require is None:
+        return None
+    models = {role: found["pair"][role] for role in ("strong", "weak")}
+    missed = [
+        f"{role} ({model['name']}) "
+        + ("is on a server" if "servers" in model else f"runs {model['way']}: {model['reason']}")
+        for role, model in models.items()
+        if model.get("way") != arguments.require
+    ]
+    return f"--require is {arguments.require}, and {'; '.join(missed)}." if missed else None
 
 
 def examine_memory(config: CDRConfig, memory: int | None) -> dict[str, Any]:
@@ -259,14 +291,14 @@ def _current(config: CDRConfig, ways: list[Holding], *, is_shared: bool) -> Hold
     """The way that the options ask for; `is_shared`: strong and weak stand on the same base."""
     kwargs: Mapping[str, Any] = config.cdr_model_init_kwargs or {}  # type: ignore[assignment]
     quantization = kwargs.get("quantization_config") or {}
-    asked = quantization if isinstance(quantization, Mapping) else vars(quantization)
     option = "cdr_strong_adapter" if is_shared else "the default"
     if is_shared and config.cdr_share_policy:
         option = "cdr_share_policy"
     if config.cdr_offload != "none":
         option = f"cdr_offload={config.cdr_offload}"
     for bits in ("8bit", "4bit"):
-        if asked.get(f"load_in_{bits}") or asked.get(f"_load_in_{bits}"):
+        name = f"load_in_{bits}"
+        if quantization.get(name) if isinstance(quantization, Mapping) else getattr(quantization, name, False):
             option = bits
     return next(way for way in ways if option in way.option)
 

@@ -9,7 +9,7 @@ A prompt is read once for all its completions.
 """
 
 import hashlib
-import inspect
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +21,12 @@ from ..config import CDRConfig
 from ..errors import ConfigError
 from ..scoring.causal_lm import CausalLM
 from ..scoring.encoding import Completion, Encoder, Prompt, Unscorable, own_chat_template
+from ..scoring.kv_cache import find_shareable
 from ..scoring.pair import Member, Pair
 from ..scoring.pair_loading import load_tokenizer
 from ..scoring.sources import find_model
+
+logger = logging.getLogger(__name__)
 
 _AT_ONCE = 64  # sequences
 
@@ -204,6 +207,7 @@ def _generate(
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in distinct], device=device)  # (D, P)
     places = {ids: place for place, ids in enumerate(distinct)}
     of = torch.tensor([places[ids] for ids in rows], device=device)  # (B,)
+    shared = _read_once(member.local, batch, mask, of, pad=pad) if len(distinct) < len(rows) else {}
     found = model.generate(
         batch[of],
         attention_mask=mask[of],
@@ -212,7 +216,7 @@ def _generate(
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
         max_new_tokens=max_new_tokens,
-        past_key_values=None if len(distinct) == len(rows) else _read_once(member.local, batch, mask, of, pad=pad),
+        **shared,
     )[:, longest:].tolist()  # (B, T)
     completions = []
     for ids in found:
@@ -222,7 +226,7 @@ def _generate(
     return completions
 
 
-def _read_once(lm: CausalLM, batch: Tensor, mask: Tensor, of: Tensor, *, pad: int) -> DynamicCache | None:
+def _read_once(lm: CausalLM, batch: Tensor, mask: Tensor, of: Tensor, *, pad: int) -> dict[str, DynamicCache]:
     """
     Let a model read prompts that several sequences share, less their last token; `generate` goes on from there.
 
@@ -233,15 +237,15 @@ def _read_once(lm: CausalLM, batch: Tensor, mask: Tensor, of: Tensor, *, pad: in
         pad (`int`): What they are padded with.
 
     Returns:
-        `DynamicCache` or `None`: what is kept of them, of B sequences. `None` where the model can't take that, or keeps
-        it in a way of its own: each sequence then reads its prompt.
+        `dict`: arguments for `generate` of B sequences. Empty if the model can't continue several sequences from one
+        prompt: each sequence then reads its prompt.
     """
-    decoder = lm.decoder
-    is_fit = "past_key_values" in inspect.signature(decoder.backbone.forward).parameters
-    is_fit = is_fit and 1 < batch.shape[1] <= decoder.rope_switch  # beyond it, all positions turn at once
-    if not is_fit or lm.model.generation_config.cache_implementation is not None:
-        return None
-    read = lm.model.generate(
+    num_read = batch.shape[1] - 1
+    if not 1 <= num_read < lm.decoder.rope_switch:  # beyond it, all positions turn at once
+        return {}
+    if lm.model.generation_config.cache_implementation is not None:
+        return {}
+    output = lm.model.generate(
         batch[:, :-1],
         attention_mask=mask[:, :-1],
         do_sample=False,
@@ -249,7 +253,13 @@ def _read_once(lm: CausalLM, batch: Tensor, mask: Tensor, of: Tensor, *, pad: in
         max_new_tokens=1,
         return_dict_in_generate=True,
     )
-    if type(read.past_key_values) is not DynamicCache:
-        return None
-    read.past_key_values.reorder_cache(of)
-    return read.past_key_values
+    try:
+        shared = find_shareable(output, length=num_read)
+    except TypeError as error:
+        # A model that packs keeps keys and values: that they can't be shared here is a loss.
+        level = logging.WARNING if lm.way()[0] == "packed" else logging.INFO
+        logger.log(level, "%s reads each prompt once for each of its completions: %s.", lm.name, error)
+        return {}
+    for cache in shared.values():
+        cache.reorder_cache(of)
+    return shared

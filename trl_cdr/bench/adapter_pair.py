@@ -75,6 +75,7 @@ def run_adapter_pair(model: str, name: str | None, *, dtype: str, attention: str
         "rank": RANK,
         "weights_mb": held,
         "weights_share": held["adapter"] / held["merged"],
+        "ways": [f"{name} {lm.explain_way()}" for name, pair in pairs.items() for lm in pair],
         "cases": [_run_shape(shape, pairs, device=device, runs=runs) for shape in WORKLOADS["table"][1]],
     }
 
@@ -107,8 +108,10 @@ def print_adapter_pair(result: dict[str, Any]) -> None:
     console.print(
         f"Weights {held['adapter']:,.0f} MB, merged {held['merged']:,.0f} MB: {result['weights_share']:.3f} of it. MB: "
         f"peak allocated above them; differ: a row, nats a token, at most. {machine['device']}, "
-        f"{machine['threads']} threads; torch {machine['torch']}, transformers {machine['transformers']}.",
+        f"{machine['threads']} threads; torch {machine['torch']}, transformers {machine['transformers']}. "
+        f"{'; '.join(result['ways'])}.",
         soft_wrap=True,
+        markup=False,
     )
 
 

@@ -73,9 +73,9 @@ def run_memory(model: str, *, dtype: str, attention: str, runs: int = 5) -> dict
     Returns:
         `dict`: `workload`, `machine`, `dtype`, `rows`, `pair_mb` (both models' weights), and `cases`: for each `label`,
         `between_mb` (on the device between calls), `peak_mb` (within the first; a CPU's allocator knows nothing of
-        files that are mapped, so that on disk it is too small there), `host_mb`, `seconds` (of a call) and of
-        these `wake_seconds` and `sleep_seconds` (both models'). On the policy's base what the policy holds is not
-            counted.
+        files that are mapped, so that on disk it is too small there), `host_mb`, `ways` (how each model runs, and why
+        it is not packed), `seconds` (of a call) and of these `wake_seconds` and `sleep_seconds` (both models'). On the
+        policy's base what the policy holds is not counted.
 
     Raises:
         ConfigError: peft is not installed.
@@ -115,13 +115,14 @@ def print_memory_costs(result: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"MB of the device, weights included. {machine['device']}, {machine['threads']} threads; torch "
-        f"{machine['torch']}, transformers {machine['transformers']}.",
+        f"{machine['torch']}, transformers {machine['transformers']}. {'; '.join(result['cases'][0]['ways'])}.",
         soft_wrap=True,
+        markup=False,
     )
 
 
 def _two_models(
-    build: Callable[..., nn.Module], scratch: Path, loading: Mapping[str, Any], weigh: Callable[..., dict[str, float]]
+    build: Callable[..., nn.Module], scratch: Path, loading: Mapping[str, Any], weigh: Callable[..., dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Strong and weak, each with weights of its own, by where they sleep."""
     folders = [scratch / role for role in _ROLES]
@@ -143,7 +144,7 @@ def _two_models(
 
 
 def _one_base(
-    build: Callable[..., Any], scratch: Path, loading: Mapping[str, Any], weigh: Callable[..., dict[str, float]]
+    build: Callable[..., Any], scratch: Path, loading: Mapping[str, Any], weigh: Callable[..., dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Strong an adapter on weak's own weights, which are the pair's, or those of a policy that trains another."""
     folder, adapter = scratch / "base", scratch / "adapter"
@@ -179,7 +180,7 @@ def _put_to_bed(lm: CausalLM, role: str, place: str, folder: Path, turns: Turns,
 
 def _measure(
     lms: Sequence[CausalLM], beds: Sequence[_Timed], turns: Turns, *, shape: Shape, device: str, runs: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     layout = Layout(shape.rows(min(lm.num_embeddings for lm in lms)))
 
     def call() -> None:
@@ -196,6 +197,7 @@ def _measure(
     return {
         "between_mb": between,
         "peak_mb": between + cost.peak_mb,
+        "ways": [lm.explain_way() for lm in lms],
         "seconds": cost.warm,
         "wake_seconds": float(sum(median(bed.woke) for bed in beds)),
         "sleep_seconds": float(sum(median(bed.slept) for bed in beds)),

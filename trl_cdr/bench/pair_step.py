@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from trl import DPOConfig, DPOTrainer
 
+from .. import _compat
 from ..training.online_preference_config import OnlinePreferenceConfig
 from ..training.online_preference_trainer import OnlinePreferenceTrainer
 from .measure import describe_machine, measure
@@ -146,7 +147,7 @@ def _cpo(name: str, rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerFa
 
 def _batch(trainer: Any) -> Any:
     trainer.model.train()
-    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    return _compat.prepare_inputs(trainer, next(iter(trainer.get_train_dataloader())))
 
 
 def _step(trainer: Any, inputs: Any) -> Step:

@@ -20,7 +20,7 @@ from ..scoring.causal_lm import CausalLM
 from ..scoring.gate import gate_statistics
 from ..scoring.logps import token_logps
 from ..scoring.packed import Packed
-from ..scoring.packing import Layout, PackLimits
+from ..scoring.packing import Layout
 from .measure import MB, Cost, describe_machine, matrix_rate, measure
 from .naive import naive_logps
 from .workloads import WORKLOADS, Shape, build_model
@@ -77,15 +77,14 @@ def run_workload(name: str, pair: Sequence[CausalLM], *, runs: int = 5) -> dict[
         runs (`int`, *optional*, defaults to 5): Runs after the first; medians are of these.
 
     Returns:
-        `dict`: `machine`, `weights_mb`, `matrix_tflops`, `ways` (how each model runs), and `cases`: for each shape
-        `label`, `tokens.unique`, `tokens.run`, `tokens.padded`, `seconds.*` (`ours`, `cold`, `gated`, `padded`,
-        `naive`, `plain`), `tokens_per_second`, `matrix_share` (of ours, unique tokens), `peak_mb.*` (as `seconds.*`,
-        without `cold`),
-        `speed.*` (`gated`, `naive`, `padded`, `plain`: their seconds over ours, the median of the runs' ratios) and
-        `max_difference` from the naive way (nats a token).
+        `dict`: `machine`, `weights_mb`, `matrix_tflops`, `ways` (how each model runs, and why it is not packed), and
+        `cases`: for each shape `label`, `tokens.unique`, `tokens.run`, `tokens.padded`, `seconds.*` (`ours`, `cold`,
+        `gated`, `padded`, `naive`, `plain`), `tokens_per_second`, `matrix_share` (of ours, unique tokens), `peak_mb.*`
+        (as `seconds.*`, without `cold`), `speed.*` (`gated`, `naive`, `padded`, `plain`: their seconds over ours, the
+        median of the runs' ratios) and `max_difference` from the naive way (nats a token).
     """
     device = pair[0].model.device.type
-    ways = [lm.way()[0] for lm in pair]
+    ways = [lm.explain_way() for lm in pair]
     cases = [_run_shape(shape, pair, device=device, runs=runs) for shape in WORKLOADS[name][1]]
     rate = matrix_rate(device, pair[0].model.dtype)
     for case in cases:
@@ -136,8 +135,9 @@ def print_workload(result: dict[str, Any]) -> None:
     console.print(
         "gated, naive, padded, plain: their seconds over ours. MB: peak allocated above the weights. "
         f"{machine['device']}, {machine['threads']} threads, {result['matrix_tflops']:.3g} Tflop/s; "
-        f"torch {machine['torch']}, transformers {machine['transformers']}.",
+        f"torch {machine['torch']}, transformers {machine['transformers']}. {'; '.join(result['ways'])}.",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -186,10 +186,7 @@ def _run_shape(shape: Shape, pair: Sequence[CausalLM], *, device: str, runs: int
 def _summarise(
     shape: Shape, pair: Sequence[CausalLM], layout: Layout, costs: dict[str, Cost], *, difference: float
 ) -> dict[str, Any]:
-    unlimited = PackLimits(tokens=2**40, entries=2**80, good_tokens=2**40)
-    unique = sum(len(pack.ids) for pack in layout.packs(unlimited))
-    if not layout.constant:  # else it was run before
-        unique += len(layout.prefix)
+    unique = layout.num_unique - len(layout.constant)  # which was run before
     completion = sum(len(row.completion_ids) for row in layout.rows)
     flops = sum(_flops(lm, unique, completion) for lm in pair)
     ours = costs["ours"].warm
@@ -224,6 +221,6 @@ def _plain(lm: CausalLM, packed: Packed, layout: Layout) -> None:
         for job in packed.plan(layout, TOKEN_BUDGET):
             assert job.pack is not None
             cache = packed.fill_cache(layout, job) if layout.prefix or job.pack.stem else None
-            hidden = decoder.hidden(job.pack.ids[None], past_key_values=cache, use_cache=cache is not None)
+            hidden = decoder.hidden(job.pack.ids[None], cache=cache)
             decoder.logps(hidden[0, job.pack.predicting.to(decoder.device)], job.pack.targets)
         packed.forget()

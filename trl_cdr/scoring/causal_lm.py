@@ -15,15 +15,16 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from .. import _compat
 from ..errors import ModelError
 from .adapters import attach
 from .checkpoint import identify_weights
 from .forward import Decoder, Job, OwnLogits, Padded, Way
-from .load_check import FAILURES, LoadCheck, ignores_positions, short_windows
+from .load_check import LoadCheck, missing_input, short_windows
 from .loading import load_model, refuse_encoder_decoder
 from .logps import Reduce, token_logps
 from .memory import prefix_bytes, weight_bytes, work_bytes
-from .packed import Packed, why_not_packed
+from .packed import VERIFIED, Packed, why_not_packed
 from .packing import Layout
 from .sources import Adapter
 
@@ -72,6 +73,7 @@ class CausalLM:
         self._padded: Padded | None = None  # until the check has let it pass
         self._packed: Packed | None = None
         self._is_checked = False
+        self._is_logged = False
         self._reason = ""
         self._prefix_cache_tokens = prefix_cache_tokens
         self._seed = seed
@@ -134,7 +136,7 @@ class CausalLM:
     @property
     def name(self) -> str:
         """The checkpoint's name or path, as the config remembers it."""
-        return str(getattr(self._config, "_name_or_path", "") or type(self.model).__name__)
+        return str(self._config.name_or_path or type(self.model).__name__)
 
     @property
     def num_embeddings(self) -> int:
@@ -179,6 +181,7 @@ class CausalLM:
         with self._frozen():
             self._check()
             token_budget = self._budget(token_budget)
+            self._log_way(layout, token_budget)
             way = self._choose(layout, token_budget)
             if padded and self._padded is not None:
                 way = self._padded
@@ -200,11 +203,18 @@ class CausalLM:
         return self._tokens(self._choose(layout, token_budget), layout, token_budget)
 
     def way(self) -> tuple[str, str]:
-        """How this model runs rows (`"packed"`, `"padded"` or `"row by row"`), and why not in the way before it."""
+        """How this model runs rows (`"packed"`, `"padded"` or `"row by row"`), and why it is not packed."""
         self._ensure_checked()
         if self._padded is None:
             return "row by row", self._reason
         return ("padded" if self._packed is None else "packed"), self._reason
+
+    def explain_way(self) -> str:
+        """Return how this model runs rows as a sentence without its full stop, with the reason if it is not packed."""
+        way, reason = self.way()
+        return f"{self._role} ({self.name}, {type(self.model).__name__}) runs {way}" + (
+            f", not packed: {reason}" if reason else ""
+        )
 
     def rest(self, *, keep: bool) -> None:
         """Have kept prefixes leave the device: for the host's memory, or for good."""
@@ -236,7 +246,7 @@ class CausalLM:
             "device": str(self.decoder.device),
             "prefix_mb": prefix_bytes(self.decoder, self._packed, self._prefix_cache_tokens) / 2**20,
             "work_mb": work_bytes(self.decoder, self._packed, token_budget, self._prefix_cache_tokens) / 2**20,
-            "attention": self._config._attn_implementation,
+            "attention": _compat.attention_implementation(self._config),
             "way": way,
             "reason": reason,
         }
@@ -353,22 +363,19 @@ class CausalLM:
                     num_positions=self.num_positions,
                     seed=self._seed,
                 )
-            except FAILURES as error:
+            except Exception as error:  # remote code and kernels raise what they like
                 if should_reduce_batch_size(error):
                     raise
                 raise ModelError(self._why_it_fails(error)) from error
             padded, packed = Padded(self.decoder), Packed(self.decoder, prefix_cache_tokens=self._prefix_cache_tokens)
-            padded_reason = check.differs(padded)
-            reason = padded_reason or why_not_packed(self.decoder)
-            if not reason and ignores_positions(self.decoder):
-                reason = "its forward ignores position_ids"
-            reason = reason or check.differs(packed)
+            padded_reason = check.differs(padded, "padded")
+            reason = padded_reason or why_not_packed(self.decoder) or missing_input(self.decoder)
+            reason = reason or check.differs(packed, "packed")
         packed.drop()  # what was run under short windows
         self._padded = None if padded_reason else padded
         self._packed = None if reason else packed
         self._reason = reason or ""
         self._is_checked = True
-        self._say_which()
 
     def _why_it_fails(self, error: Exception) -> str:
         types = Counter(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
@@ -381,11 +388,26 @@ class CausalLM:
             )
         return message
 
-    def _say_which(self) -> None:
-        name, reason = self.way()
-        level = logging.WARNING if name == "row by row" else logging.INFO
-        because = f", not in the faster way: {reason}" if reason else ""
-        logger.log(level, "%s (%s, %s) runs %s%s.", self._role, self.name, type(self.model).__name__, name, because)
+    def _log_way(self, layout: Layout, token_budget: int) -> None:
+        """
+        Log once how the model runs rows: a warning if speed is lost, with the reason and the cost on the first call.
+        """
+        if self._is_logged or not layout.rows:
+            return
+        self._is_logged = True
+        if self._packed is not None:
+            logger.info("%s.", self.explain_way())
+            return
+        is_slower = self._padded is None or self._config.model_type in VERIFIED
+        tokens = self._tokens(self._choose(layout, token_budget), layout, token_budget)
+        logger.log(
+            logging.WARNING if is_slower else logging.INFO,
+            "%s. Its first call runs %d tokens, of which %d are unique (%.1f times as many).",
+            self.explain_way(),
+            tokens,
+            layout.num_unique,
+            tokens / layout.num_unique,
+        )
 
 
 def _stay_awake() -> None:

@@ -4,16 +4,19 @@
 log-probabilities, and chooses.
 """
 
-import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 
+from .. import _compat
 from .adapters import unwrap
 from .encoding import Row
+from .kv_cache import find_argument
 from .logps import Reduce, head_logps, token_logps
 from .packing import Layout, Pack, plan_batches
 
@@ -100,14 +103,52 @@ class Decoder:
     @property
     def scores(self) -> int | None:
         """Scores of one layer's attention, at most, where it makes them all (eager), else None."""
-        if self.config._attn_implementation != "eager":
+        if _compat.attention_implementation(self.config) != "eager":
             return None
         return CPU_SCORES if self.device.type == "cpu" else ACCELERATOR_SCORES
 
-    def hidden(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """(B, T) token ids -> (B, T, H) hidden states, as the head reads them."""
+    @cached_property
+    def cache_argument(self) -> str:
+        """
+        The argument by which the backbone takes keys and values of earlier tokens.
+
+        Raises:
+            TypeError: it takes none, see `find_argument`.
+        """
+        return find_argument(self.backbone, torch.tensor([[0, 1]], device=self.device))
+
+    @cached_property
+    def keeps_logits(self) -> bool:
+        """True if the model's own forward computes the last logits alone when it is asked to (`logits_to_keep`)."""
+        try:
+            logits = self.model(
+                input_ids=torch.tensor([[0, 1]], device=self.device), use_cache=False, logits_to_keep=1
+            ).logits
+        except Exception as error:  # remote code raises what it likes
+            if should_reduce_batch_size(error):
+                raise
+            return False
+        return bool(logits.shape[1] == 1)
+
+    def hidden(self, input_ids: Tensor, *, cache: DynamicCache | None = None, **kwargs: Any) -> Tensor:
+        """
+        Run the backbone.
+
+        Args:
+            input_ids (`Tensor` of shape (B, T)): Token ids.
+            cache (`DynamicCache`, *optional*): Keys and values of earlier tokens; the forward adds those of its own.
+            **kwargs: `position_ids` and `attention_mask`, as transformers takes them.
+
+        Returns:
+            `Tensor` of shape (B, T, H): hidden states, as the head reads them.
+        """
+        if cache is not None:
+            kwargs[self.cache_argument] = cache
         hidden: Tensor = self.backbone(
-            input_ids=input_ids.to(self.device, non_blocking=True), return_dict=True, **{"use_cache": False, **kwargs}
+            input_ids=input_ids.to(self.device, non_blocking=True),
+            return_dict=True,
+            use_cache=cache is not None,
+            **kwargs,
         ).last_hidden_state
         return hidden
 
@@ -138,7 +179,6 @@ class OwnLogits:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._keeps_logits = "logits_to_keep" in inspect.signature(decoder.model.forward).parameters
 
     def plan(self, layout: Layout, token_budget: int) -> list[Job]:  # noqa: ARG002 - a row is a job
         return [Job((index,), len(row.inputs), len(row.inputs)) for index, row in enumerate(layout.rows)]
@@ -152,7 +192,7 @@ class OwnLogits:
             input_ids=torch.tensor([row.inputs], device=self._decoder.device),
             use_cache=False,
             return_dict=True,
-            **({"logits_to_keep": kept} if self._keeps_logits else {}),
+            **({"logits_to_keep": kept} if self._decoder.keeps_logits else {}),
         )
         logits = output.logits[0, output.logits.shape[1] - kept :]  # (C, V)
         targets = torch.tensor(row.completion_ids, device=logits.device)  # (C,)

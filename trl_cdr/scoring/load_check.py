@@ -6,6 +6,7 @@ a checkpoint with code or kernels of its own.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -14,16 +15,15 @@ from transformers import PretrainedConfig
 
 from .encoding import Row
 from .forward import Decoder, Way
+from .kv_cache import describe_error
 from .logps import Reduce, token_logps
+from .packed import attention_windows
 from .packing import MIN_PREFIX, Layout
 
 # Largest difference, in nats per token, at which two ways to the same log-probability count as equal. Of the probe's 22
 # tokens SmolLM2-135M is off by at most 1.4e-5 in float32, 0.04 in float16 and 0.20 in bfloat16 (three seeds); with
 # places counted in the sequence by 0.6 to 1.8, and where branches see each other by 2.8 to 8.4.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-1, torch.bfloat16: 3e-1}
-
-# What a forward that does not suit raises.
-FAILURES = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
 
 _BUDGETS = (512, MIN_PREFIX)  # whole trees in a pack; and trees that are cut at their fork
 _SHORT_WINDOW = 16  # shorter than the probe's rows
@@ -49,27 +49,68 @@ class LoadCheck:
         # A logit is rounded where the head writes it: two steps of its type may lie between two right ways.
         self._tolerance = max(TOLERANCE.get(dtype, max(TOLERANCE.values())), 2 * torch.finfo(dtype).eps * largest)
 
-    def differs(self, way: Way) -> str | None:
-        """How the log-probabilities of a way differ from the model's own, or None if they don't."""
+    def differs(self, way: Way, name: str) -> str | None:
+        """
+        Compare a way with the model's own log-probabilities.
+
+        Args:
+            way (`Way`): The way.
+            name (`str`): `"packed"` or `"padded"`, for the reason.
+
+        Returns:
+            `str` or `None`: how they differ, or that the way fails; `None` if they are equal.
+        """
         for layout, expected in zip(self._layouts, self._expected, strict=True):
             for budget in _BUDGETS:
                 try:
                     logps = _run(way, layout, budget)
-                except FAILURES as error:
+                except Exception as error:  # remote code and kernels raise what they like
                     if should_reduce_batch_size(error):
                         raise
-                    return f"it fails there: {error}"
+                    return f"its forward fails on {name} rows: {describe_error(error)}"
                 if not torch.allclose(logps, expected, rtol=0, atol=self._tolerance, equal_nan=True):
                     difference = (logps - expected).abs().max()
-                    return f"log-probabilities differ from its own by up to {difference:.2g} nats"
+                    return f"{name} log-probabilities differ from its own by up to {difference:.2g} nats"
         return None
 
 
-def ignores_positions(decoder: Decoder) -> bool:
-    """Whether a backbone takes `position_ids` and gives the same bits whatever they are."""
+def missing_input(decoder: Decoder) -> str | None:
+    """
+    Run a backbone on a few tokens to find out if it takes what packing needs: keys and values, a mask and positions.
+
+    Args:
+        decoder (`Decoder`): The model.
+
+    Returns:
+        `str` or `None`: the first of these that it does not take, and why; `None` if it takes them all.
+    """
+    try:
+        _ = decoder.cache_argument
+    except TypeError as error:
+        return f"its forward takes no keys and values of earlier tokens ({error})"
     ids = torch.tensor([[1, 1, 0]])
-    near, far = (torch.tensor([places], device=decoder.device) for places in ([0, 1, 2], [0, 2, 4]))
-    return torch.equal(decoder.hidden(ids, position_ids=near), decoder.hidden(ids, position_ids=far))
+    others = ~torch.eye(3, dtype=torch.bool)
+    masks = [_additive_mask(decoder, hidden=hidden) for hidden in (others.triu(), others)]
+    positions = [torch.tensor([places], device=decoder.device) for places in ([0, 1, 2], [0, 2, 4])]
+    inputs: dict[str, list[Any]] = {"attention_mask": masks, "position_ids": positions}
+    for name, values in inputs.items():
+        try:
+            first, second = (decoder.hidden(ids, **{name: value}) for value in values)
+        except Exception as error:  # remote code raises what it likes
+            if should_reduce_batch_size(error):
+                raise
+            return f"its forward fails with {name}: {describe_error(error)}"
+        if torch.equal(first, second):
+            return f"its forward ignores {name}"
+    return None
+
+
+def _additive_mask(decoder: Decoder, *, hidden: Tensor) -> Tensor | dict[str, Tensor]:
+    """The mask that hides (T, T) tokens, as packs have it: one, or one for each kind of layer."""
+    mask = torch.zeros(1, 1, *hidden.shape, dtype=decoder.dtype).masked_fill_(hidden, torch.finfo(decoder.dtype).min)
+    mask = mask.to(decoder.device)
+    kinds = attention_windows(decoder.config)
+    return mask if len(kinds) == 1 else dict.fromkeys(kinds, mask)
 
 
 @contextmanager

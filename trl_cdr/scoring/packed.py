@@ -3,7 +3,6 @@
 `packing` plans, this runs; `causal_lm` checks that it gives the model's own log-probabilities before it is used.
 """
 
-import inspect
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
+from .. import _compat
 from .forward import Decoder, Job
+from .kv_cache import KeyValues, fill_cache, read_cache
 from .logps import Reduce, token_logps
 from .packing import Layout, Pack, PackLimits, visible
 from .tree_attention import TreeAttention
 
-KeyValues = list[tuple[Tensor, Tensor]]  # a layer each: (1, heads, P, head size)
 PrefixKey = tuple[int, tuple[int, ...]]  # tokens of a forward, at most, and the prefix
 
 # Architectures that are compared with their own logits in the tests, windows shorter than the rows included. Others
@@ -73,7 +73,7 @@ class Packed:
         num_before = len(layout.prefix) + len(pack.stem)
         kwargs: dict[str, Any] = {}
         if num_before:
-            kwargs |= {"past_key_values": self.fill_cache(layout, job), "use_cache": True}
+            kwargs["cache"] = self.fill_cache(layout, job)
         masks = self._masks(pack, num_before)
         kwargs["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
         with self._attention(pack, masks):
@@ -113,7 +113,7 @@ class Packed:
     def fill_cache(self, layout: Layout, job: Job) -> DynamicCache:
         """A fresh cache of what stands before a job's pack, prefix and stem; what of it is not kept is run."""
         assert job.pack is not None
-        return _fill(self._states(layout, job.pack.stem, job.chunk))
+        return fill_cache(self._states(layout, job.pack.stem, job.chunk))
 
     def forget(self) -> None:
         """Let go of what is held for the call that was running."""
@@ -131,7 +131,7 @@ class Packed:
 
     @property
     def _attends_by_tree(self) -> bool:
-        is_sdpa = self._decoder.config._attn_implementation == "sdpa"
+        is_sdpa = _compat.attention_implementation(self._decoder.config) == "sdpa"
         return is_sdpa and TreeAttention.suits(self._decoder.device, self._decoder.dtype)
 
     def _attention(self, pack: Pack, masks: dict[str, Tensor]) -> AbstractContextManager[Any]:
@@ -167,15 +167,15 @@ class Packed:
 
     def _extend(self, before: KeyValues, num_before: int, ids: tuple[int, ...], chunk: int) -> KeyValues:
         """Keys and values of tokens that follow others, in forwards of at most `chunk` tokens."""
-        cache, limits, start = _fill(before), self.limits(chunk), 0
+        cache, limits, start = fill_cache(before), self.limits(chunk), 0
         while start < len(ids):
             seen = num_before + start
             # Behind nothing, causal attention needs no mask; eager attention has its scores all the same.
             needs_entries = seen > 0 or self._decoder.scores is not None
             stop = start + (limits.most(seen) if needs_entries else chunk)
-            self._decoder.hidden(torch.tensor([ids[start:stop]]), past_key_values=cache, use_cache=True)
+            self._decoder.hidden(torch.tensor([ids[start:stop]]), cache=cache)
             start = stop
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        return read_cache(cache)
 
 
 class _PrefixStore:
@@ -218,32 +218,22 @@ def attention_windows(config: PretrainedConfig) -> dict[str, int | None]:
 
 
 def why_not_packed(decoder: Decoder) -> str | None:
-    """What of a model's config rules packing out, or None. The load-time check has the last word."""
+    """Return what in a model's config rules packing out, or `None`. `load_check` finds out what its forward takes."""
     config = decoder.config
-    parameters = inspect.signature(decoder.backbone.forward).parameters
+    attention = _compat.attention_implementation(config)
     strange = [kind for kind in attention_windows(config) if kind not in ("full_attention", "sliding_attention")]
     if strange:
         return f"it has {strange[0].replace('_', ' ')} layers"
-    if getattr(decoder.model, "_is_stateful", False):
+    if _compat.keeps_recurrent_state(decoder.model):
         return "it keeps a recurrent state"
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         return "its positions are distances in the sequence (ALiBi)"
     if config.model_type not in VERIFIED:
         return f"its architecture ({config.model_type}) has not been compared with its own logits in packs"
-    if not {"position_ids", "past_key_values", "attention_mask"} <= set(parameters):
-        return "its forward takes no position_ids"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"its attention ({config._attn_implementation}) takes no mask of ours"
+    if attention not in ("sdpa", "eager"):
+        return f"its attention ({attention}) takes no mask of ours; load it with attn_implementation='sdpa'"
     return None
 
 
 def _move(states: KeyValues, device: torch.device) -> KeyValues:
     return [(keys.to(device, non_blocking=True), values.to(device, non_blocking=True)) for keys, values in states]
-
-
-def _fill(states: KeyValues) -> DynamicCache:
-    """A fresh cache that holds these keys and values."""
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(states):
-        cache.update(keys, values, layer)
-    return cache

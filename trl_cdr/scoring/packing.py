@@ -158,6 +158,13 @@ class Layout:
         """The tokens that all prompts start with, if they are worth a forward of their own, else nothing."""
         return self.constant or common_prefix(self.rows)
 
+    @cached_property
+    def num_unique(self) -> int:
+        """Tokens to run if no token is run twice: the prefix, each prompt and each completion once."""
+        prompts = {row.prompt_ids for row in self.rows}
+        own = sum(len(prompt) - len(self.prefix) for prompt in prompts)
+        return len(self.prefix) + own + sum(len(row.completion_inputs) for row in self.rows)
+
     def packs(self, limits: PackLimits) -> list[Pack]:
         """All rows after the prefix, see `plan_packs`."""
         if limits not in self._packs:

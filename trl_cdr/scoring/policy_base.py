@@ -4,7 +4,6 @@ The policy is only ever looked at: the base is a view (`adapters`) that is in no
 nor modes of the policy are touched. `pair_source` holds it, `training.reward` says which policy.
 """
 
-import importlib
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .. import _compat
 from ..config import CDRConfig
 from ..errors import ConfigError, ModelError
 from .adapters import unwrap, view
@@ -69,7 +69,7 @@ class PolicyBase:
                 f"cdr_share_policy is set, and the policy trains {len(trained)} weights of its base ({trained[0]}, "
                 f"...): the pair would change with every step. {_REMEDY}"
             )
-        if any(getattr(module, "merged", False) for module in policy.modules()):
+        if any(_compat.is_merged(module) for module in policy.modules()):
             raise ConfigError(
                 "cdr_share_policy is set, and the policy's adapter is merged into its base: the pair would be scored "
                 "with it. Call unmerge_adapter() first."
@@ -144,33 +144,21 @@ def _refuse_unfit(policy: Any) -> None:
         )
     if not is_whole(model):
         raise ConfigError(f"cdr_share_policy is set, and the policy is spread over processes (FSDP, ZeRO-3). {_REMEDY}")
-    if len({p.device for p in parameters}) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if len({p.device for p in parameters}) > 1 or any(_compat.is_dispatched(module) for module in model.modules()):
         raise ConfigError(f"cdr_share_policy is set, and the policy is spread over devices. {_REMEDY}")
 
 
 def _strip(model: Any) -> Any:
     """A view of a model without its adapters, and without what a trainer has hung on its modules."""
-    layer = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
-
-    def peel(module: Any) -> Any:
-        while True:
-            if isinstance(module, layer):
-                module = module.get_base_layer()
-            elif "original_module" in module._modules:  # beside a trained copy (modules_to_save)
-                module = module.original_module
-            else:
-                return module
-
     mine = view(model)
     vars(mine).pop("peft_config", None)
     for module in list(mine.modules()):
-        for name, child in module._modules.items():
+        children = _compat.children(module)
+        for name, child in children.items():
             if child is not None:
-                module._modules[name] = peel(child)
+                children[name] = _compat.without_peft(child)
     for module in mine.modules():
-        vars(module).pop("forward", None)  # of a kernel or of autocast; the class has its own
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            getattr(module, hooks).clear()
+        _compat.clear_hooks(module)  # also the forward of a kernel or of autocast
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
     return mine.eval()

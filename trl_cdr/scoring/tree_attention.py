@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .. import _compat
 from .packing import Pack
 
-# What scaled_dot_product_attention runs on a CPU; it also returns the log-sum-exp of the scores, (B, heads, Q).
-_attend = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_attend = _compat.cpu_attention()
 
 
 class TreeAttention(TorchFunctionMode):

@@ -5,7 +5,7 @@ Generation, rewards, evaluation, logging, vLLM and resuming are GRPO's. Here the
 """
 
 import contextlib
-import inspect
+import logging
 import math
 import random
 from collections.abc import Collection, Iterator
@@ -24,6 +24,8 @@ from ..scoring.selection import Pair, combine_rewards, select_pair
 from .losses import TokenLogps, dpo_loss, gather_logps, ipo_loss, simpo_loss
 from .online_preference_config import OnlinePreferenceConfig, check_batch_size
 from .pairs_table import print_table, write_table
+
+logger = logging.getLogger(__name__)
 
 
 class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -107,9 +109,16 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         super().__init__(model, reward_funcs, args, **kwargs)
         # The config's beta made GRPO load a reference; with 0 it does not run it over the whole group.
         self.beta = 0.0
+        _compat.check_grpo_attributes(self)
         policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self._keeps_logits = "logits_to_keep" in inspect.signature(policy.forward).parameters
         self._fuses_head = self._fuse_head(policy)
+        self._keeps_logits = _compat.takes_logits_to_keep(policy)
+        if not self._keeps_logits and not self._fuses_head:
+            logger.warning(
+                "%s takes no logits_to_keep: logits of the prompts are computed too, in every step, and their memory "
+                "grows with the prompts.",
+                type(policy).__name__,
+            )
 
     def _fuse_head(self, policy: nn.Module) -> bool:
         """Give policy and reference TRL's head without logits; on a CPU it would take more memory than the logits."""
@@ -309,10 +318,9 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
             found = TokenLogps(output.log_probs[:, -length:], output.entropy[:, -length:].detach())
         else:
             # From the logits before the completion, which predict its first token.
-            if self._keeps_logits:
-                logits = model(**rows, logits_to_keep=length + 1).logits
-            else:
-                logits = model(**rows).logits[:, -length - 1 :]  # whose gradient is a copy
+            logits = model(**rows, **({"logits_to_keep": length + 1} if self._keeps_logits else {})).logits
+            if logits.shape[1] > length + 1:
+                logits = logits[:, -length - 1 :]  # its gradient is a copy of all
             found = gather_logps(logits, ids)
         return TokenLogps(*(each.view(-1, 2, length) for each in found))
 
