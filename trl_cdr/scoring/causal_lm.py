@@ -396,7 +396,14 @@ class CausalLM:
             return
         self._is_logged = True
         if self._packed is not None:
-            logger.info("%s.", self.explain_way())
+            if self._packed.lacks_kernel:
+                logger.warning(
+                    "%s under a mask, which takes longer: this torch has no attention kernel for a CPU that also "
+                    "returns the log-sum-exp of the scores.",
+                    self.explain_way(),
+                )
+            else:
+                logger.info("%s.", self.explain_way())
             return
         is_slower = self._padded is None or self._config.model_type in VERIFIED
         tokens = self._tokens(self._choose(layout, token_budget), layout, token_budget)

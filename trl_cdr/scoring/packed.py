@@ -130,6 +130,13 @@ class Packed:
         self._kept.move(torch.device("cpu"))
 
     @property
+    def lacks_kernel(self) -> bool:
+        """True if packs are computed under their mask only because this torch has no kernel for trees on a CPU."""
+        could = self._decoder.device.type == "cpu" and self._decoder.dtype == torch.float32
+        is_sdpa = _compat.attention_implementation(self._decoder.config) == "sdpa"
+        return could and is_sdpa and not self._attends_by_tree
+
+    @property
     def _attends_by_tree(self) -> bool:
         is_sdpa = _compat.attention_implementation(self._decoder.config) == "sdpa"
         return is_sdpa and TreeAttention.suits(self._decoder.device, self._decoder.dtype)

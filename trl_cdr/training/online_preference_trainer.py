@@ -122,8 +122,15 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _fuse_head(self, policy: nn.Module) -> bool:
         """Give policy and reference TRL's head without logits; on a CPU it would take more memory than the logits."""
+        if self.accelerator.device.type not in self._fused_devices:
+            return False
         fuse = _compat.fused_head()
-        if fuse is None or self.accelerator.device.type not in self._fused_devices:
+        if fuse is None:
+            logger.warning(
+                "TRL %s has no trl.trainer.utils.add_fused_lm_head: all logits of a micro-batch are computed, which "
+                "takes more memory. TRL 1.15 and later have it.",
+                _compat.versions()["trl"],
+            )
             return False
         models = [policy] if self.ref_model is None else [policy, self.accelerator.unwrap_model(self.ref_model)]
         for model in models:  # GRPO's own has the temperature of sampling
