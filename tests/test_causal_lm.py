@@ -128,8 +128,8 @@ def test_log_way_warns_once_of_lost_speed(caplog, monkeypatch):
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
         "strong (LlamaForCausalLM, LlamaForCausalLM) runs padded, not packed: its attention (flash_attention_9) takes "
-        "no mask of ours; load it with attn_implementation='sdpa'. Its first call runs 72 tokens, of which 24 are "
-        "unique (3.0 times as many)."
+        "no mask of ours; load it with attn_implementation='sdpa'. The first call runs 72 tokens for 24 unique tokens "
+        "(3.0 times)."
     )
 
 

@@ -1,8 +1,8 @@
-"""Every private part of another library that the package uses, and every difference between their versions.
+"""The private parts of other libraries that the package uses, and the differences between versions of these libraries.
 
-Private parts are names with an underscore, signatures, names of classes and attributes that no documentation promises.
-No other module touches one (`tests/test_layers.py`), and `tests/test_private_parts.py` fails if one is gone. Importing
-this module is cheap: libraries are imported by the functions that need them.
+Private parts are names with an underscore, signatures, class names and undocumented attributes. No other module uses
+one (`tests/test_layers.py`). If one is gone, `tests/test_private_parts.py` fails. Importing this module is cheap: its
+functions import the libraries.
 """
 
 import inspect
@@ -30,7 +30,7 @@ _PACKAGES = (
     "torchao",
 )
 
-# What other modules import from below the top level of a library, where names move without notice.
+# Names that other modules import from below the top level of a library. Such names may move without notice.
 IMPORTS = {
     "accelerate.utils": ("gather_object",),
     "accelerate.utils.memory": ("clear_device_cache", "should_reduce_batch_size"),
@@ -237,7 +237,7 @@ def attention_implementation(config: Any) -> str | None:
 
 
 def keeps_recurrent_state(model: Any) -> bool:
-    """Return True if a transformers model keeps a recurrent state instead of, or besides, keys and values."""
+    """Return True if a transformers model keeps a recurrent state, with or without keys and values."""
     return bool(getattr(model, "_is_stateful", False))
 
 
@@ -270,13 +270,13 @@ def clear_hooks(module: Any) -> None:
 
 
 def without_peft(module: Any) -> Any:
-    """Return the module that PEFT has wrapped, in a tuner's layer or beside a trained copy; any other as it is."""
+    """Return the module that PEFT has wrapped in a tuner's layer or stored with a trained copy; any other unchanged."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     while True:
         if isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()
-        elif "original_module" in children(module):  # beside a trained copy (modules_to_save)
+        elif "original_module" in children(module):  # stored with a trained copy (modules_to_save)
             module = module.original_module
         else:
             return module

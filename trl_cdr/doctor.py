@@ -128,7 +128,7 @@ def missed_requirement(found: dict[str, Any], arguments: DoctorArguments) -> str
     Check the pair against `--require`.
 
     Args:
-        found (`dict`): What `examine` returned.
+        found (`dict`): The result of `examine`.
         arguments (`DoctorArguments`): With `require`.
 
     Returns:

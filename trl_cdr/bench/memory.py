@@ -74,8 +74,8 @@ def run_memory(model: str, *, dtype: str, attention: str, runs: int = 5) -> dict
         `dict`: `workload`, `machine`, `dtype`, `rows`, `pair_mb` (both models' weights), and `cases`: for each `label`,
         `between_mb` (on the device between calls), `peak_mb` (within the first; a CPU's allocator knows nothing of
         files that are mapped, so that on disk it is too small there), `host_mb`, `ways` (how each model runs, and why
-        it is not packed), `seconds` (of a call) and of these `wake_seconds` and `sleep_seconds` (both models'). On the
-        policy's base what the policy holds is not counted.
+        it is not packed), `seconds` (of a call) and of these `wake_seconds` and `sleep_seconds` (both models'). The
+        memory of a policy is not counted.
 
     Raises:
         ConfigError: peft is not installed.

@@ -363,7 +363,7 @@ class CausalLM:
                     num_positions=self.num_positions,
                     seed=self._seed,
                 )
-            except Exception as error:  # remote code and kernels raise what they like
+            except Exception as error:  # remote code and kernels may raise any exception
                 if should_reduce_batch_size(error):
                     raise
                 raise ModelError(self._why_it_fails(error)) from error
@@ -409,7 +409,7 @@ class CausalLM:
         tokens = self._tokens(self._choose(layout, token_budget), layout, token_budget)
         logger.log(
             logging.WARNING if is_slower else logging.INFO,
-            "%s. Its first call runs %d tokens, of which %d are unique (%.1f times as many).",
+            "%s. The first call runs %d tokens for %d unique tokens (%.1f times).",
             self.explain_way(),
             tokens,
             layout.num_unique,

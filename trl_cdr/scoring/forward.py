@@ -124,7 +124,7 @@ class Decoder:
             logits = self.model(
                 input_ids=torch.tensor([[0, 1]], device=self.device), use_cache=False, logits_to_keep=1
             ).logits
-        except Exception as error:  # remote code raises what it likes
+        except Exception as error:  # remote code may raise any exception
             if should_reduce_batch_size(error):
                 raise
             return False

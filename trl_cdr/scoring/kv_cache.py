@@ -70,7 +70,7 @@ def find_shareable(output: Mapping[str, Any], *, length: int) -> dict[str, Dynam
     Find the keys and values in the output of `generate`, if several sequences can continue from them.
 
     Args:
-        output (`Mapping`): What `generate` returned, with `return_dict_in_generate`.
+        output (`Mapping`): The output of `generate` with `return_dict_in_generate`.
         length (`int`): Tokens that were read.
 
     Returns:

@@ -64,7 +64,7 @@ class LoadCheck:
             for budget in _BUDGETS:
                 try:
                     logps = _run(way, layout, budget)
-                except Exception as error:  # remote code and kernels raise what they like
+                except Exception as error:  # remote code and kernels may raise any exception
                     if should_reduce_batch_size(error):
                         raise
                     return f"its forward fails on {name} rows: {describe_error(error)}"
@@ -96,7 +96,7 @@ def missing_input(decoder: Decoder) -> str | None:
     for name, values in inputs.items():
         try:
             first, second = (decoder.hidden(ids, **{name: value}) for value in values)
-        except Exception as error:  # remote code raises what it likes
+        except Exception as error:  # remote code may raise any exception
             if should_reduce_batch_size(error):
                 raise
             return f"its forward fails with {name}: {describe_error(error)}"
