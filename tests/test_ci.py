@@ -1,7 +1,11 @@
 """CI tests what README installs, each command is written once, and the canary's verdict is true."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import time
 import tomllib
 from pathlib import Path
 
@@ -67,6 +71,95 @@ def test_workflow_matrix_is_that_of_nox():
     table = text[text.index("VERSIONS = {") : text.index("\n}\n", text.index("VERSIONS = {"))]
     assert jobs["compat"]["strategy"]["matrix"]["versions"] == re.findall(r'^    "([\w.-]+)": \[', table, re.MULTILINE)
     assert jobs["tests"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+
+
+def write(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["#!/usr/bin/env bash", *lines, ""]), encoding="utf-8")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def run_ci(tmp_path):
+    """Run `.ci/run` with stubs for everything that it calls."""
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    for name in ("install", "lint", "slow", "tests"):
+        write(tmp_path / ".ci" / name, f"echo {name} ran")
+    write(tmp_path / "bin" / "python3", 'mkdir -p "$3/bin"; touch "$3/bin/activate"')
+    write(tmp_path / "bin" / "trl-cdr", 'echo "trl-cdr $1 ran"')
+    canary = ['mkdir -p "${!#}"', 'echo "canary: red (speed)" >"${!#}/report.txt"', "exit 1"]
+    write(tmp_path / "bin" / "nox", "echo nox ran", 'if [[ "$*" == *"-s canary"* ]]; then', *canary, "fi")
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "TMPDIR": str(tmp_path / "scratch"),
+    }
+    (tmp_path / "scratch").mkdir()
+
+    def run():
+        command = ["bash", str(tmp_path / ".ci" / "run")]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    yield run
+    assert [*(tmp_path / "scratch").iterdir()] == []
+
+
+def test_ci_run_begins_with_a_red_canary_and_passes(run_ci):
+    run = run_ci()
+    lines = run.communicate()[0].splitlines()
+    assert run.returncode == 0
+    assert lines[0] == "canary: red (speed)"
+    done = [line for line in lines if line.endswith("ran")]
+    assert done == ["install ran", "lint ran", "trl-cdr demo ran", "slow ran", "tests ran", "nox ran", "nox ran"]
+
+
+def test_ci_run_whose_canary_breaks_passes(run_ci, tmp_path):
+    write(tmp_path / "bin" / "nox", '[[ "$*" != *"-s canary"* ]]')
+    run = run_ci()
+    assert run.communicate()[0].splitlines()[0] == "canary: red (it did not finish)"
+    assert run.returncode == 0
+
+
+@pytest.mark.parametrize("step", ["install", "lint", "slow", "tests"])
+def test_ci_run_fails_if_a_step_fails(step, run_ci, tmp_path):
+    write(tmp_path / ".ci" / step, f"echo {step} failed", "exit 3")
+    run = run_ci()
+    lines = run.communicate()[0].splitlines()
+    assert run.returncode == 3
+    assert lines[0] == "canary: not run"
+    assert lines[-1] == f"{step} failed"
+
+
+def test_ci_run_that_is_stopped_prints_its_output(run_ci, tmp_path):
+    write(tmp_path / ".ci" / "lint", "echo lint began", f"touch {tmp_path / 'began'}", "sleep 600")
+    run = run_ci()
+    while not (tmp_path / "began").exists():
+        time.sleep(0.05)
+    run.terminate()
+    lines = run.communicate()[0].splitlines()
+    assert run.returncode == 143
+    assert lines[0] == "canary: not run"
+    assert "lint began" in lines
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("has_report", [False, True])
+def test_canary_workflow_opens_one_issue(has_report, is_open, tmp_path):
+    [step] = [command for _, command in steps(ROOT / ".github" / "workflows" / "canary.yml") if "gh issue" in command]
+    write(
+        tmp_path / "bin" / "gh",
+        f'echo "$@" >>{tmp_path}/calls',
+        f'if [ "$2" = list ]; then echo "{"7" if is_open else ""}"; else cat "${{!#}}"; fi',
+    )
+    if has_report:
+        write(tmp_path / "canary" / "report.txt", "canary: red (speed)")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "RUNNER_TEMP": str(tmp_path), "RUN": "https://run"}
+    run = subprocess.run(["bash", "-e", "-c", step], env=environment, capture_output=True, text=True, check=True)
+    calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+    assert calls[-1].startswith("issue comment 7 " if is_open else "issue create --title The canary is red: ")
+    assert ("canary: red (speed)" if has_report else "canary: red (it did not finish)") in run.stdout
+    assert run.stdout.splitlines()[-1] == "https://run"
 
 
 def report(*parts, warned=()):

@@ -34,7 +34,11 @@ def run(name, *arguments, cwd):
 
 @pytest.mark.slow
 def test_score(tmp_path):
-    assert "preferred: the answer is 8 ." in run("01_score.py", "--tiny", cwd=tmp_path)
+    """The rude completion has the highest log-ratio on some machines, whose models differ; its reward is low on all."""
+    *_, right, wrong, rude, preferred = run("01_score.py", "--tiny", cwd=tmp_path).splitlines()
+    rewards = [float(line.split()[4]) for line in (right, wrong, rude)]
+    assert preferred.startswith("preferred: the answer is ")
+    assert min(rewards[:2]) > rewards[2] + 2
 
 
 @pytest.mark.slow

@@ -72,18 +72,26 @@ def test_every_room_has_a_floor():
     assert {room(path) for path in FILES} <= set(FLOORS)
 
 
-def private_parts(tree, own):
-    """Private names of other libraries that code touches, by attribute or by `getattr`, and readers of signatures."""
+def private_parts(tree):
+    """
+    Private names of other libraries that code uses, by attribute or by `getattr`, and readers of signatures.
+
+    A name that the same file defines is its own, and so is one of `self`, `cls` or a base class.
+    """
+    own = {*defined_names(tree)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            name = node.attr
+            name, owner = node.attr, ast.unparse(node.value)
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
-            name = getattr(node.args[1], "value", "")
+            name, owner = getattr(node.args[1], "value", ""), ast.unparse(node.args[0])
+        elif isinstance(node, ast.ImportFrom) and node.module == "inspect":
+            name, owner = "signature", ""
         else:
             continue
         is_private = isinstance(name, str) and name.startswith("_") and not name.startswith("__")
-        if (is_private and name not in own) or name in ("signature", "getfullargspec"):
-            yield f"line {node.lineno}: {name}"
+        is_own = name in own or owner in ("self", "cls", "super()")
+        if (is_private and not is_own) or name in ("signature", "getfullargspec"):
+            yield f"line {node.lineno}: {owner}.{name}"
 
 
 def defined_names(tree):
@@ -96,13 +104,23 @@ def defined_names(tree):
             yield node.attr
 
 
-def test_only_compat_touches_private_parts():
-    """What `OnlinePreferenceTrainer` inherits is the exception: `check_grpo_attributes` looks for it."""
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-    own = {name for tree in trees.values() for name in defined_names(tree)} | set(_compat._GRPO_ATTRIBUTES)
-    found = [f"{path}: {part}" for path, tree in trees.items() for part in private_parts(tree, own)]
-    assert [part for part in found if "_compat.py" not in part] == []
-    assert any("_compat.py" in part for part in found)
+def test_only_compat_uses_private_parts():
+    found = {str(path.relative_to(ROOT)): [*private_parts(ast.parse(path.read_text("utf-8")))] for path in FILES}
+    assert found.pop("_compat.py")
+    assert {name: parts for name, parts in found.items() if parts} == {}
+
+
+def test_inherited_private_parts_of_grpo_are_listed():
+    """`self._name` of `OnlinePreferenceTrainer` that no method of its own defines is GRPO's."""
+    tree = ast.parse((ROOT / "training" / "online_preference_trainer.py").read_text("utf-8"))
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and ast.unparse(node.value) == "self"
+    }
+    inherited = used - {*defined_names(tree)}
+    assert inherited
+    assert inherited <= {*_compat._GRPO_ATTRIBUTES}
 
 
 def test_imports_below_the_top_level_are_listed():

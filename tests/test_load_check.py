@@ -155,6 +155,16 @@ class PositionsIgnored(LlamaModel):
         return super().forward(*args, **kwargs)
 
 
+class RotaryIgnored(LlamaModel):
+    """Accepts position_ids, hands them to its mask, and rotates by places in the sequence."""
+
+    def forward(self, *args, **kwargs):
+        self.rotary_emb.forward = lambda x, position_ids: type(self.rotary_emb).forward(
+            self.rotary_emb, x, torch.arange(x.shape[1], device=x.device)[None]
+        )
+        return super().forward(*args, **kwargs)
+
+
 class PositionsRefused(LlamaModel):
     def forward(self, *args, **kwargs):
         if kwargs.get("position_ids") is not None:
@@ -168,6 +178,7 @@ MISSING = {
     MaskIgnored: "^its forward ignores attention_mask$",
     MaskRefused: "^its forward fails with attention_mask: AssertionError: a mask has two dimensions",
     PositionsIgnored: "^its forward ignores position_ids$",
+    RotaryIgnored: "^its forward ignores position_ids$",
     PositionsRefused: "^its forward fails with position_ids: ImportError: rotary kernels are not installed$",
 }
 

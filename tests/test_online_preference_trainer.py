@@ -11,7 +11,7 @@ from oracle import completion_logps
 from packaging.version import Version
 from ranks import Run, launch
 from tiny import TRAINING, chat, llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_cdr import CDRCallback, CDRReward, ConfigError, OnlinePreferenceConfig, OnlinePreferenceTrainer, _compat
@@ -479,12 +479,38 @@ def test_a_policy_that_can_only_give_all_its_logits(tmp_path, policy, tokenizer)
         torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-6)
 
 
-def test_a_policy_without_logits_to_keep_is_warned_of(tmp_path, policy, tokenizer, caplog, monkeypatch):
-    monkeypatch.setattr(_compat, "takes_logits_to_keep", lambda model: False)
-    make(tmp_path, policy, tokenizer)
-    messages = [record.getMessage() for record in caplog.records if record.name.startswith("trl_cdr")]
-    assert len(messages) == 1
-    assert messages[0].startswith("LlamaForCausalLM takes no logits_to_keep: logits of the prompts are computed too")
+@pytest.mark.parametrize("kind", ["refuses", "ignores", "takes"])
+def test_last_logits_by_behaviour(kind, tmp_path, policy, tokenizer, caplog, monkeypatch):
+    """The same weights, and one warning if all logits are computed. No signature names the argument."""
+    own = LlamaForCausalLM.forward
+
+    def forward(self, *args, **kwargs):
+        if kind == "refuses" and "logits_to_keep" in kwargs:
+            raise TypeError("forward() got an unexpected keyword argument 'logits_to_keep'")
+        if kind == "ignores":
+            kwargs.pop("logits_to_keep", None)
+        return own(self, *args, **kwargs)
+
+    weights = []
+    for used in (own, forward):
+        monkeypatch.setattr(LlamaForCausalLM, "forward", used)
+        trainer = make(tmp_path, policy, tokenizer)
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-6)
+    warned = [record for record in caplog.records if "does not keep to logits_to_keep" in record.getMessage()]
+    assert len(warned) == (kind != "takes")
+
+
+def test_last_logits_raises_other_errors(tmp_path, policy, tokenizer, monkeypatch):
+    trainer = make(tmp_path, policy, tokenizer)
+
+    def fail(**_):
+        raise TypeError("can't convert a tensor")
+
+    with pytest.raises(TypeError, match="can't convert a tensor"):
+        trainer._last_logits(fail, {}, 3)
 
 
 def test_a_trl_without_a_fused_head_is_warned_of(tmp_path, policy, tokenizer, caplog, monkeypatch):

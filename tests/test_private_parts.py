@@ -59,11 +59,29 @@ def test_transformers_recurrent_state():
 
 
 def test_transformers_logits_to_keep():
-    model = llama(V)
-    assert _compat.takes_logits_to_keep(model)
-    assert not _compat.takes_logits_to_keep(model.model)
     with torch.no_grad():
-        assert model(torch.tensor([[1, 2, 3]]), logits_to_keep=2).logits.shape == (1, 2, V)
+        assert llama(V)(torch.tensor([[1, 2, 3]]), logits_to_keep=2).logits.shape == (1, 2, V)
+
+
+MEMORY = {
+    "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB."),
+    "kernel": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "host": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    "python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_accelerate_out_of_memory(name):
+    assert _compat.is_out_of_memory(MEMORY[name])
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not match"), RuntimeError(3), TypeError("memory"), KeyError(1)]
+)
+def test_other_errors_are_no_lack_of_memory(error):
+    assert not _compat.is_out_of_memory(error)
 
 
 def test_transformers_deepspeed_config():

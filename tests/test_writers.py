@@ -94,18 +94,49 @@ def test_a_prompt_is_read_once_for_all_its_completions(pair):
     assert [group[:1] for group in groups] == sample(pair.strong, per_prompt=1, max_new_tokens=2)
 
 
-def test_write_warns_if_prompts_cannot_be_shared(pair, caplog, monkeypatch):
+def unshared(caplog):
+    records = [record for record in caplog.records if record.name == "trl_cdr.annotation.writers"]
+    return [(record.levelname, record.getMessage().partition("completions: ")[2]) for record in records]
+
+
+def test_write_warns_once_if_prompts_cannot_be_shared(pair, caplog, monkeypatch):
     """The samples stay the same; each prompt is read once for each completion."""
     expected = sample(pair.strong)
+    monkeypatch.setattr(writers, "_unshared", set())
 
     def fail(output, *, length):
         raise TypeError(f"after {length} tokens the cache has keys and values of 0")
 
     monkeypatch.setattr(writers, "find_shareable", fail)
+    for _ in range(2):
+        assert sample(pair.strong) == expected
+    [(level, reason)] = unshared(caplog)
+    assert level == "WARNING"
+    assert reason.startswith("after ")
+
+
+def test_write_warns_of_a_cache_implementation(pair, caplog, monkeypatch):
+    """Such as Gemma 2's generation config has."""
+    expected = sample(pair.strong)
+    monkeypatch.setattr(writers, "_unshared", set())
+    monkeypatch.setattr(pair.strong.lm.model.generation_config, "cache_implementation", "static", raising=False)
     assert sample(pair.strong) == expected
-    [record] = [record for record in caplog.records if record.name == "trl_cdr.annotation.writers"]
-    assert record.levelname == "WARNING"
-    assert "reads each prompt once for each of its completions: after" in record.getMessage()
+    assert unshared(caplog) == [("WARNING", "its generation config has cache_implementation='static'.")]
+
+
+@pytest.mark.filterwarnings("ignore:The `sliding_window_pattern` attribute is deprecated:FutureWarning")
+def test_read_once_of_a_recurrent_model_is_no_loss(caplog, monkeypatch):
+    monkeypatch.setattr(writers, "_unshared", set())
+    lm = CausalLM(build_family("Mamba"), "policy")
+    batch = torch.tensor([[3, 5, 7, 9]])
+    read = []
+    lm.model.get_input_embeddings().register_forward_hook(lambda _, args, out: read.append(args[0].numel()))
+    with caplog.at_level("INFO"), torch.inference_mode():
+        for _ in range(3):
+            assert writers._read_once(lm, batch, torch.ones_like(batch), torch.tensor([0, 0]), pad=0) == {}
+    [(level, _)] = unshared(caplog)
+    assert level == "INFO"
+    assert sum(read) == 3  # once, to find out
 
 
 @pytest.mark.compat

@@ -1,8 +1,9 @@
 """The private parts of other libraries that the package uses, and the differences between versions of these libraries.
 
 Private parts are names with an underscore, signatures, class names and undocumented attributes. No other module uses
-one (`tests/test_layers.py`). If one is gone, `tests/test_private_parts.py` fails. Importing this module is cheap: its
-functions import the libraries.
+one (`tests/test_layers.py`), except `OnlinePreferenceTrainer`, which inherits those that `check_grpo` and
+`check_grpo_attributes` look for. If one is gone, `tests/test_private_parts.py` fails. Importing this module is cheap:
+its functions import the libraries.
 """
 
 import inspect
@@ -33,7 +34,7 @@ _PACKAGES = (
 # Names that other modules import from below the top level of a library. Such names may move without notice.
 IMPORTS = {
     "accelerate.utils": ("gather_object",),
-    "accelerate.utils.memory": ("clear_device_cache", "should_reduce_batch_size"),
+    "accelerate.utils.memory": ("clear_device_cache",),
     "datasets.exceptions": ("DatasetsError",),
     "transformers.pytorch_utils": ("Conv1D",),
     "transformers.quantizers.auto": ("AutoQuantizationConfig",),
@@ -108,6 +109,24 @@ def skips_missing_rewards(trainer: Any) -> bool:
     # Normalised before they are added, a missing reward is the mean of its group.
     is_neutral = getattr(trainer, "multi_objective_aggregation", None) == "normalize_then_sum"
     return len(reward_functions(trainer)) == 1 or is_neutral
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """
+    Return True if a device or the host ran out of memory. It is no property of a model: less may fit next time.
+
+    accelerate knows most messages of torch. It lacks Python's own error, and CUDA's and cuBLAS' errors from within a
+    kernel.
+    """
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if isinstance(error, MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    words = str(error)
+    others = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return any(other in words for other in others) or should_reduce_batch_size(RuntimeError(words))
 
 
 def trust_remote_code(*configs: Any) -> bool:
@@ -239,12 +258,6 @@ def attention_implementation(config: Any) -> str | None:
 def keeps_recurrent_state(model: Any) -> bool:
     """Return True if a transformers model keeps a recurrent state, with or without keys and values."""
     return bool(getattr(model, "_is_stateful", False))
-
-
-def takes_logits_to_keep(model: Any) -> bool:
-    """Return True if a transformers model's forward names `logits_to_keep`. A hint: the shape of its logits decides."""
-    parameters = inspect.signature(model.forward).parameters
-    return "logits_to_keep" in parameters
 
 
 def is_dispatched(module: Any) -> bool:

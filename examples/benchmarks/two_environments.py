@@ -45,14 +45,15 @@ def measure_here(runs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", metavar="PYTHON", help="two of them; none: measure this one")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="processes of each environment")
+    parser.add_argument("--runs", type=int, default=5, help="warm calls in a process")
     args = parser.parse_args()
     if not args.pythons:
-        measure_here(args.rounds)
+        measure_here(args.runs)
         return
     if len(args.pythons) != 2:
         parser.error(f"{len(args.pythons)} environments are given. Give the Python of two.")
-    command = [sys.argv[0], "--rounds", "5"]
+    command = [sys.argv[0], "--runs", str(args.runs)]
     results: list[list[dict]] = []
     for _ in range(args.rounds):
         runs = [subprocess.run([python, *command], check=True, stdout=subprocess.PIPE) for python in args.pythons]

@@ -12,6 +12,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from ..scoring.sources import find_model
 logger = logging.getLogger(__name__)
 
 _AT_ONCE = 64  # sequences
+_unshared: WeakSet[CausalLM] = WeakSet()  # models that can't continue several sequences from one prompt
 
 
 def load_policy(name: str, config: CDRConfig, pair: Pair, *, revision: str | None = None) -> Member:
@@ -241,9 +243,12 @@ def _read_once(lm: CausalLM, batch: Tensor, mask: Tensor, of: Tensor, *, pad: in
         prompt: each sequence then reads its prompt.
     """
     num_read = batch.shape[1] - 1
-    if not 1 <= num_read < lm.decoder.rope_switch:  # beyond it, all positions turn at once
+    # Beyond the switch all positions turn at once: each sequence has to be read whole.
+    if lm in _unshared or not 1 <= num_read < lm.decoder.rope_switch:
         return {}
-    if lm.model.generation_config.cache_implementation is not None:
+    implementation = lm.model.generation_config.cache_implementation
+    if implementation is not None:
+        _keep_apart(lm, f"its generation config has cache_implementation={implementation!r}")
         return {}
     output = lm.model.generate(
         batch[:, :-1],
@@ -256,10 +261,15 @@ def _read_once(lm: CausalLM, batch: Tensor, mask: Tensor, of: Tensor, *, pad: in
     try:
         shared = find_shareable(output, length=num_read)
     except TypeError as error:
-        # A model that packs keeps keys and values: that they can't be shared here is a loss.
-        level = logging.WARNING if lm.way()[0] == "packed" else logging.INFO
-        logger.log(level, "%s reads each prompt once for each of its completions: %s.", lm.name, error)
+        _keep_apart(lm, str(error))
         return {}
     for cache in shared.values():
         cache.reorder_cache(of)
     return shared
+
+
+def _keep_apart(lm: CausalLM, reason: str) -> None:
+    """Let a model read each prompt for each completion from now on, and log why: a warning if it should not have to."""
+    _unshared.add(lm)
+    level = logging.WARNING if lm.is_known_to_pack else logging.INFO
+    logger.log(level, "%s reads each prompt once for each of its completions: %s.", lm.name, reason)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -139,6 +139,11 @@ class CausalLM:
         return str(self._config.name_or_path or type(self.model).__name__)
 
     @property
+    def is_known_to_pack(self) -> bool:
+        """True if the tests have compared packs of this model's type with its own logits. Runs nothing."""
+        return self._config.model_type in VERIFIED
+
+    @property
     def num_embeddings(self) -> int:
         """Token ids that the model can read and predict: V, or a little more where both are padded."""
         ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
@@ -203,18 +208,19 @@ class CausalLM:
         return self._tokens(self._choose(layout, token_budget), layout, token_budget)
 
     def way(self) -> tuple[str, str]:
-        """How this model runs rows (`"packed"`, `"padded"` or `"row by row"`), and why it is not packed."""
+        """How this model runs rows (`"packed"`, `"padded"` or `"row by row"`), and why it is not faster, or `""`."""
         self._ensure_checked()
         if self._padded is None:
             return "row by row", self._reason
         return ("padded" if self._packed is None else "packed"), self._reason
 
     def explain_way(self) -> str:
-        """Return how this model runs rows as a sentence without its full stop, with the reason if it is not packed."""
+        """Return how this model runs rows, and why it is not faster, as a sentence without its full stop."""
         way, reason = self.way()
-        return f"{self._role} ({self.name}, {type(self.model).__name__}) runs {way}" + (
-            f", not packed: {reason}" if reason else ""
-        )
+        what = f"{self._role} ({self.name}, {type(self.model).__name__}) runs {way}"
+        if not reason:
+            return what
+        return f"{what} {reason}" if way == "packed" else f"{what}, not packed: {reason}"
 
     def rest(self, *, keep: bool) -> None:
         """Have kept prefixes leave the device: for the host's memory, or for good."""
@@ -303,7 +309,7 @@ class CausalLM:
         try:
             return way.run(layout, job, reduce)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not _compat.is_out_of_memory(error):
                 raise
             if len(job.rows) == 1 and way is not self._packed:
                 raise ModelError(
@@ -364,7 +370,7 @@ class CausalLM:
                     seed=self._seed,
                 )
             except Exception as error:  # remote code and kernels may raise any exception
-                if should_reduce_batch_size(error):
+                if _compat.is_out_of_memory(error):
                     raise
                 raise ModelError(self._why_it_fails(error)) from error
             padded, packed = Padded(self.decoder), Packed(self.decoder, prefix_cache_tokens=self._prefix_cache_tokens)
@@ -374,7 +380,7 @@ class CausalLM:
         packed.drop()  # what was run under short windows
         self._padded = None if padded_reason else padded
         self._packed = None if reason else packed
-        self._reason = reason or ""
+        self._reason = reason or packed.lost_speed or ""
         self._is_checked = True
 
     def _why_it_fails(self, error: Exception) -> str:
@@ -396,16 +402,9 @@ class CausalLM:
             return
         self._is_logged = True
         if self._packed is not None:
-            if self._packed.lacks_kernel:
-                logger.warning(
-                    "%s under a mask, which takes longer: this torch has no attention kernel for a CPU that also "
-                    "returns the log-sum-exp of the scores.",
-                    self.explain_way(),
-                )
-            else:
-                logger.info("%s.", self.explain_way())
+            logger.log(logging.WARNING if self._reason else logging.INFO, "%s.", self.explain_way())
             return
-        is_slower = self._padded is None or self._config.model_type in VERIFIED
+        is_slower = self._padded is None or self.is_known_to_pack
         tokens = self._tokens(self._choose(layout, token_budget), layout, token_budget)
         logger.log(
             logging.WARNING if is_slower else logging.INFO,

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
@@ -120,12 +119,11 @@ class Decoder:
     @cached_property
     def keeps_logits(self) -> bool:
         """True if the model's own forward computes the last logits alone when it is asked to (`logits_to_keep`)."""
+        inputs = {"input_ids": torch.tensor([[0, 1]], device=self.device), "use_cache": False, "return_dict": True}
         try:
-            logits = self.model(
-                input_ids=torch.tensor([[0, 1]], device=self.device), use_cache=False, logits_to_keep=1
-            ).logits
+            logits = self.model(**inputs, logits_to_keep=1).logits
         except Exception as error:  # remote code may raise any exception
-            if should_reduce_batch_size(error):
+            if _compat.is_out_of_memory(error):
                 raise
             return False
         return bool(logits.shape[1] == 1)

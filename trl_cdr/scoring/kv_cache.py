@@ -7,9 +7,10 @@ after them.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import DynamicCache
+
+from .. import _compat
 
 KeyValues = list[tuple[Tensor, Tensor]]
 """For each layer keys and values, (1, heads, P, head size) each."""
@@ -54,7 +55,7 @@ def find_argument(forward: Callable[..., Any], input_ids: Tensor) -> str:
         try:
             forward(input_ids=input_ids, use_cache=True, return_dict=True, **{name: cache})
         except Exception as error:  # a forward may refuse an argument with any exception
-            if should_reduce_batch_size(error):
+            if _compat.is_out_of_memory(error):
                 raise
             reasons.append(f"with {name}: {describe_error(error)}")
             continue

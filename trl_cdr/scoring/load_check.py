@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from .. import _compat
 from .encoding import Row
 from .forward import Decoder, Way
 from .kv_cache import describe_error
@@ -65,7 +65,7 @@ class LoadCheck:
                 try:
                     logps = _run(way, layout, budget)
                 except Exception as error:  # remote code and kernels may raise any exception
-                    if should_reduce_batch_size(error):
+                    if _compat.is_out_of_memory(error):
                         raise
                     return f"its forward fails on {name} rows: {describe_error(error)}"
                 if not torch.allclose(logps, expected, rtol=0, atol=self._tolerance, equal_nan=True):
@@ -88,29 +88,35 @@ def missing_input(decoder: Decoder) -> str | None:
         _ = decoder.cache_argument
     except TypeError as error:
         return f"its forward takes no keys and values of earlier tokens ({error})"
-    ids = torch.tensor([[1, 1, 0]])
-    others = ~torch.eye(3, dtype=torch.bool)
-    masks = [_additive_mask(decoder, hidden=hidden) for hidden in (others.triu(), others)]
-    positions = [torch.tensor([places], device=decoder.device) for places in ([0, 1, 2], [0, 2, 4])]
-    inputs: dict[str, list[Any]] = {"attention_mask": masks, "position_ids": positions}
-    for name, values in inputs.items():
+    causal = torch.ones(3, 3, dtype=torch.bool).triu(1)
+    alone = ~torch.eye(3, dtype=torch.bool)
+    # Each input has two values. Positions are given with a mask: without one transformers reads gaps between them as
+    # the ends of sequences, and hides tokens.
+    probes: dict[str, list[tuple[Tensor, list[int] | None]]] = {
+        "attention_mask": [(causal, None), (alone, None)],
+        "position_ids": [(causal, [0, 1, 2]), (causal, [0, 2, 4])],
+    }
+    for name, values in probes.items():
         try:
-            first, second = (decoder.hidden(ids, **{name: value}) for value in values)
+            outputs = [_run_hidden(decoder, hidden=hidden, positions=positions) for hidden, positions in values]
         except Exception as error:  # remote code may raise any exception
-            if should_reduce_batch_size(error):
+            if _compat.is_out_of_memory(error):
                 raise
             return f"its forward fails with {name}: {describe_error(error)}"
-        if torch.equal(first, second):
+        if torch.equal(*outputs):
             return f"its forward ignores {name}"
     return None
 
 
-def _additive_mask(decoder: Decoder, *, hidden: Tensor) -> Tensor | dict[str, Tensor]:
-    """The mask that hides (T, T) tokens, as packs have it: one, or one for each kind of layer."""
+def _run_hidden(decoder: Decoder, *, hidden: Tensor, positions: list[int] | None) -> Tensor:
+    """Hidden states (1, 3, H) of three tokens at these positions; `hidden` (3, 3) hides tokens as in a pack's mask."""
     mask = torch.zeros(1, 1, *hidden.shape, dtype=decoder.dtype).masked_fill_(hidden, torch.finfo(decoder.dtype).min)
     mask = mask.to(decoder.device)
-    kinds = attention_windows(decoder.config)
-    return mask if len(kinds) == 1 else dict.fromkeys(kinds, mask)
+    kinds = attention_windows(decoder.config)  # one mask, or one for each kind of layer
+    inputs: dict[str, Any] = {"attention_mask": mask if len(kinds) == 1 else dict.fromkeys(kinds, mask)}
+    if positions is not None:
+        inputs["position_ids"] = torch.tensor([positions], device=decoder.device)
+    return decoder.hidden(torch.tensor([[1, 1, 0]]), **inputs)
 
 
 @contextmanager

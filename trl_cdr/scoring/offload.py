@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from .. import _compat
 from ..errors import ConfigError, ModelError
 from .checkpoint import identify_weights
 from .loading import load_model
@@ -163,7 +164,7 @@ class OnHost:
         try:
             yield
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not _compat.is_out_of_memory(error):
                 raise
             raise ModelError(
                 f"{self._role} can't be moved for cdr_offload='cpu': {otherwise} ({' '.join(str(error).split())}). "

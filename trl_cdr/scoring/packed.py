@@ -55,6 +55,7 @@ class Packed:
         self._decoder = decoder
         self._kept = _PrefixStore(prefix_cache_tokens)
         self._held: dict[tuple[int, ...], KeyValues] = {}  # of the call that is running
+        self._num_by_tree = 0  # calls of attention by trees, so far
 
     def plan(self, layout: Layout, token_budget: int) -> list[Job]:
         jobs = []
@@ -76,10 +77,11 @@ class Packed:
             kwargs["cache"] = self.fill_cache(layout, job)
         masks = self._masks(pack, num_before)
         kwargs["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
-        with self._attention(pack, masks):
+        with self._attention(pack, masks) as by_tree:
             hidden = self._decoder.hidden(
                 pack.ids[None], position_ids=pack.positions[None].to(device, non_blocking=True), **kwargs
             )
+        self._num_by_tree += 0 if by_tree is None else by_tree.num_calls
         hidden = hidden[0, pack.predicting.to(hidden.device, non_blocking=True)]  # (N, H)
         del masks  # neither it nor the cache is needed beside the logits
         kwargs.clear()
@@ -130,11 +132,16 @@ class Packed:
         self._kept.move(torch.device("cpu"))
 
     @property
-    def lacks_kernel(self) -> bool:
-        """True if packs are computed under their mask only because this torch has no kernel for trees on a CPU."""
-        could = self._decoder.device.type == "cpu" and self._decoder.dtype == torch.float32
-        is_sdpa = _compat.attention_implementation(self._decoder.config) == "sdpa"
-        return could and is_sdpa and not self._attends_by_tree
+    def lost_speed(self) -> str | None:
+        """Why packs that were run took longer than they should, or `None`."""
+        decoder = self._decoder
+        is_sdpa = _compat.attention_implementation(decoder.config) == "sdpa"
+        is_wanted = is_sdpa and decoder.device.type == "cpu" and decoder.dtype == torch.float32
+        if not is_wanted or self._num_by_tree or "full_attention" not in attention_windows(decoder.config):
+            return None
+        if not self._attends_by_tree:
+            return "under its mask: this torch has no attention kernel for a CPU that returns the scores' log-sum-exp"
+        return "under its mask: its attention does not call scaled_dot_product_attention with the mask that it is given"
 
     @property
     def _attends_by_tree(self) -> bool:

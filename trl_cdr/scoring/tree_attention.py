@@ -32,6 +32,7 @@ class TreeAttention(TorchFunctionMode):
         super().__init__()
         self._mask = mask
         self._trees = pack.segments()
+        self.num_calls = 0  # of attention that this context has taken over
 
     @staticmethod
     def suits(device: torch.device, dtype: torch.dtype) -> bool:
@@ -43,6 +44,7 @@ class TreeAttention(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention and self._is_ours(*args, **kwargs):
+            self.num_calls += 1
             return self._run(*args, **kwargs)
         return func(*args, **kwargs)
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -112,13 +112,7 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         _compat.check_grpo_attributes(self)
         policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self._fuses_head = self._fuse_head(policy)
-        self._keeps_logits = _compat.takes_logits_to_keep(policy)
-        if not self._keeps_logits and not self._fuses_head:
-            logger.warning(
-                "%s takes no logits_to_keep: logits of the prompts are computed too, in every step, and their memory "
-                "grows with the prompts.",
-                type(policy).__name__,
-            )
+        self._keeps_logits = True  # until the policy's forward does not
 
     def _fuse_head(self, policy: nn.Module) -> bool:
         """Give policy and reference TRL's head without logits; on a CPU it would take more memory than the logits."""
@@ -128,7 +122,7 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         if fuse is None:
             logger.warning(
                 "TRL %s has no trl.trainer.utils.add_fused_lm_head: all logits of a micro-batch are computed, which "
-                "takes more memory. TRL 1.15 and later have it.",
+                "takes more memory. TRL 1.15 and 1.16 have it.",
                 _compat.versions()["trl"],
             )
             return False
@@ -325,11 +319,29 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
             found = TokenLogps(output.log_probs[:, -length:], output.entropy[:, -length:].detach())
         else:
             # From the logits before the completion, which predict its first token.
-            logits = model(**rows, **({"logits_to_keep": length + 1} if self._keeps_logits else {})).logits
-            if logits.shape[1] > length + 1:
-                logits = logits[:, -length - 1 :]  # its gradient is a copy of all
+            logits = self._last_logits(model, rows, length + 1)
             found = gather_logps(logits, ids)
         return TokenLogps(*(each.view(-1, 2, length) for each in found))
+
+    def _last_logits(self, model: nn.Module, rows: dict[str, Any], count: int) -> Tensor:
+        """The last logits (B, count, V) of rows. If a forward can't leave out the others, a warning is logged once."""
+        if not self._keeps_logits:
+            return cast(Tensor, model(**rows).logits[:, -count:])  # its gradient is a copy of all
+        try:
+            logits: Tensor = model(**rows, logits_to_keep=count).logits
+        except TypeError as error:
+            if "logits_to_keep" not in str(error):
+                raise
+            logits = model(**rows).logits
+        if logits.shape[1] > count:
+            self._keeps_logits = False
+            logger.warning(
+                "%s does not keep to logits_to_keep: logits of the prompts are computed too, in every step, and their "
+                "memory grows with the prompts.",
+                type(self.accelerator.unwrap_model(model)).__name__,
+            )
+            logits = logits[:, -count:]
+        return logits
 
     @contextlib.contextmanager
     def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
