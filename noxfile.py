@@ -15,18 +15,9 @@ CONSTRAINTS = Path("tests", "constraints.txt")
 TORCH = "torch==2.13.0"
 # `compat` takes these packages out of the constraints: VERSIONS pins them, or Hugging Face's packages limit them.
 FREE = {"torch", "trl", "transformers", "accelerate", "datasets", "tokenizers", "peft"}
-FREE |= {
-    "dill",
-    "fsspec",
-    "httpx2",
-    "httpcore2",
-    "huggingface-hub",
-    "multiprocess",
-    "numpy",
-    "pandas",
-    "pyarrow",
-    "typer",
-}
+FREE |= {"dill", "fsspec", "httpx2", "httpcore2", "huggingface-hub", "multiprocess"}
+FREE |= {"numpy", "pandas", "pyarrow", "typer"}
+FREE |= {"filelock", "jinja2", "mpmath", "networkx", "sympy", "typing-extensions"}  # torch limits these
 # TRL 1.0 to 1.14.1 import requests without declaring it.
 VERSIONS = {
     "oldest": [
