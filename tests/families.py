@@ -52,7 +52,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from trl_cdr.scoring.encoding import Row
+from trl_cdr.scoring.types import Row
 
 try:
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM

@@ -5,7 +5,7 @@ import random
 from tiny import chat
 
 from trl_cdr.annotation.attacks import ATTACKS, read_request, write_attacks
-from trl_cdr.scoring.encoding import Completion
+from trl_cdr.scoring.types import Completion
 
 HONEST = Completion("Bees fly far from home.", True)
 

@@ -7,7 +7,7 @@ from tiny import chat
 
 from trl_cdr import Criteria, DensityRatioScorer, DomainCriteria
 from trl_cdr.annotation.bouts import hold_bouts, measure_honest, score_completions, summarise, with_gate
-from trl_cdr.scoring.encoding import Completion
+from trl_cdr.scoring.types import Completion
 
 PROMPTS = [chat("hello"), chat("what is this")]
 HONEST = [Completion("a dog", True), Completion("the fox jumps", True)]

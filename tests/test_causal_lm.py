@@ -14,11 +14,11 @@ from trl_cdr import ModelError, _compat
 from trl_cdr.bench.naive import naive_logps
 from trl_cdr.scoring import causal_lm, forward, tree_attention
 from trl_cdr.scoring.causal_lm import CausalLM
-from trl_cdr.scoring.encoding import Row
 from trl_cdr.scoring.forward import Padded
 from trl_cdr.scoring.packed import Packed, attention_windows
 from trl_cdr.scoring.packing import Layout
 from trl_cdr.scoring.tree_attention import TreeAttention
+from trl_cdr.scoring.types import Row
 
 ROWS = [Row((1, 2, 3), (4, 5)), Row((9,), (8, 7, 6, 5, 4)), Row((3, 1, 4, 1, 5, 9, 2, 6), (5,))]
 

@@ -4,11 +4,12 @@ import pytest
 from tiny import BRACKETS, CHATML, byte_tokenizer, chat
 
 from trl_cdr import ConfigError, ModelError
-from trl_cdr.scoring.encoding import Completion, Encoder, Row, Unscorable, fit, vocabulary_hash
+from trl_cdr.scoring.encoding import Encoder, fit, vocabulary_hash
+from trl_cdr.scoring.types import Completion, Row, Unscorable
 
 
-def encode(tokenizer, prompt, text="what is this", finished=True, ids=None, **options):
-    return Encoder(tokenizer, "strong", **options).encode(prompt, Completion(text, finished, ids))
+def encode(tokenizer, prompt, text="what is this", finished=True, ids=None, generated=False, **options):
+    return Encoder(tokenizer, "strong", **options).encode(prompt, Completion(text, finished, ids, generated))
 
 
 def text_of(tokenizer, ids):
@@ -79,7 +80,7 @@ def test_a_system_turn_goes_into_the_first_where_the_template_has_no_such_role()
     tokenizer = byte_tokenizer(template=BRACKETS)
     row = encode(tokenizer, chat("system:be kind", "hello"))
     assert text_of(tokenizer, row.prompt_ids) == "<s>[INST] be kind\n\nhello [/INST]"
-    assert text_of(tokenizer, row.completion_ids) == "what is this</s>"
+    assert text_of(tokenizer, row.completion_ids) == " what is this</s>"  # the space is the template's
 
 
 def test_a_refusing_template_is_a_reason():
@@ -150,7 +151,7 @@ def test_a_slow_tokenizer_is_refused():
 
 def test_template_kwargs_reach_the_template():
     tokenizer = byte_tokenizer()
-    row = encode(tokenizer, chat("a"), chat_template_kwargs={"enable_thinking": False})
+    row = encode(tokenizer, chat("a"), generated=True, chat_template_kwargs={"enable_thinking": False})
     assert text_of(tokenizer, row.prompt_ids).endswith("<think>\n\n</think>\n\n")
 
 
@@ -202,7 +203,7 @@ def test_a_system_turn_that_the_template_passes_over_is_not_lost():
 
 
 def test_a_broken_template_is_an_error_not_a_reason_for_every_row():
-    with pytest.raises(ConfigError, match="the chat template of strong is no valid Jinja.*cdr_chat_template"):
+    with pytest.raises(ConfigError, match="the chat template of strong is not valid Jinja.*cdr_chat_template"):
         Encoder(byte_tokenizer(template="{% for m in messages }"), "strong")
 
 

@@ -9,7 +9,7 @@ from trl_cdr import Score
 from trl_cdr.annotation.annotate_report import show, summarise
 from trl_cdr.annotation.groups import SCHEMA, check_group, label_group, read_group
 from trl_cdr.annotation.shards import Labelled, add_counts
-from trl_cdr.scoring.encoding import Completion
+from trl_cdr.scoring.types import Completion
 
 
 def label(values, *, finished=None, texts=None, rewards=None, strategy="best_worst", labelled=None, **options):

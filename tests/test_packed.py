@@ -10,10 +10,10 @@ from tiny import llama
 from trl_cdr.scoring import packed as module
 from trl_cdr.scoring import tree_attention
 from trl_cdr.scoring.causal_lm import CausalLM
-from trl_cdr.scoring.encoding import Row
 from trl_cdr.scoring.forward import Decoder
 from trl_cdr.scoring.packed import VERIFIED, Packed
 from trl_cdr.scoring.packing import Layout
+from trl_cdr.scoring.types import Row
 
 LONG = [Row((prompt, *range(1, 50)), (7, first, 8, 9)) for prompt in (3, 4) for first in range(10, 16)]
 

@@ -6,7 +6,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_cdr.scoring import packing
-from trl_cdr.scoring.encoding import Row
 from trl_cdr.scoring.packing import (
     MIN_PREFIX,
     Layout,
@@ -17,6 +16,7 @@ from trl_cdr.scoring.packing import (
     plan_packs,
     visible,
 )
+from trl_cdr.scoring.types import Row
 
 tokens = st.integers(0, 3)  # few, so that prompts and completions repeat
 completion = st.lists(tokens, min_size=1, max_size=9).map(tuple)

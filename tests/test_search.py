@@ -7,8 +7,8 @@ from tiny import byte_tokenizer, chat, llama
 from trl_cdr import DensityRatioScorer
 from trl_cdr.annotation.bouts import score_completions, with_gate
 from trl_cdr.annotation.search import CANDIDATES, search_tokens
-from trl_cdr.scoring.encoding import Completion
 from trl_cdr.scoring.rewards import rewards_from_scores
+from trl_cdr.scoring.types import Completion
 
 PROMPTS = [chat("hello"), chat("what is this?")]
 

@@ -10,7 +10,7 @@ from tiny import chat
 from trl_cdr import ConfigError, ModelError
 from trl_cdr.annotation import server as module
 from trl_cdr.annotation.server import Server
-from trl_cdr.scoring.encoding import Completion
+from trl_cdr.scoring.types import Completion
 
 
 class Handler(BaseHTTPRequestHandler):

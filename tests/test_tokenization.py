@@ -4,7 +4,7 @@ import random
 
 import pytest
 from tiny import byte_tokenizer
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_cdr.scoring.tokenization import ControlInText, OffsetTokenizer
@@ -106,11 +106,48 @@ def test_a_word_that_is_named_as_padding_is_no_control_token():
     assert list(offsets.tokenize("a!", "b!").ids) == tokenizer("a!b!", add_special_tokens=False).input_ids
 
 
-def test_a_vocabulary_that_spells_control_tokens_itself_is_found_out():
-    """A Unigram model has </s> among its pieces, so that no mark keeps the text from becoming it."""
+def test_tokenize_control_token_in_unigram_vocabulary():
+    """A Unigram model has </s> among its pieces. Spelled out in a text, it is read letter by letter."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "</s>helo")]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
     offsets = OffsetTokenizer(tokenizer)
-    with pytest.raises(ControlInText):
-        offsets.tokenize("he", offsets.guard("</s>"), guarded=True)
+    tokens = offsets.tokenize("he</s>", offsets.guard("l</s>o"), guarded=True)
+    assert tokenizer.convert_ids_to_tokens(tokens.ids) == ["h", "e", "</s>", "l", "<", "/", "s", ">", "o"]
+
+
+def test_tokenize_control_token_made_by_merges_raises():
+    """A BPE whose merges make </s> out of its letters: the text can't be read otherwise."""
+    vocabulary = {token: id for id, token in enumerate(["</s>", "<", "/", "s", ">", "</", "s>", "a"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("<", "/"), ("s", ">"), ("</", "s>")]))
+    offsets = OffsetTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    with pytest.raises(ControlInText, match="</s>"):
+        offsets.tokenize("a", offsets.guard("</s>"), guarded=True)
+
+
+@pytest.mark.parametrize("forged", ["<|IM_END|>", "<|Im_End|>", "\uff1c|im_end|\uff1e", "<|im_end|>"])
+def test_tokenize_normalized_control_token_stays_text(forged):
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "hello": 1, "<|im_end|>": 2}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens([AddedToken("<|im_end|>", normalized=True, special=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="<|im_end|>")
+    end = tokenizer.eos_token_id
+    assert end in tokenizer(f"hello {forged}", add_special_tokens=False).input_ids  # the tokenizer itself is misled
+    offsets = OffsetTokenizer(tokenizer)
+    assert offsets.spells_control([f"hello {forged}"])
+    tokens = offsets.tokenize("hello<|im_end|>", offsets.guard(f" hello {forged}"), guarded=True)
+    assert tokens.ids.count(end) == 1
+    assert tokens.ids[1] == end
+
+
+def test_tokenize_unknown_words_in_guarded_text():
+    """A WordPiece model reads words that it lacks as [UNK], which is a special token."""
+    vocabulary = {"[UNK]": 0, "[SEP]": 1, "hello": 2, "[": 3, "sep": 4, "]": 5}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[SEP]")
+    offsets = OffsetTokenizer(tokenizer)
+    tokens = offsets.tokenize("hello[SEP]", offsets.guard("[SEP]日 hello"), guarded=True)
+    assert tokenizer.convert_ids_to_tokens(tokens.ids) == ["hello", "[SEP]", "[", "sep", "]", "[UNK]", "hello"]

@@ -12,11 +12,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trl_cdr.scoring import tree_attention
 from trl_cdr.scoring.causal_lm import CausalLM
-from trl_cdr.scoring.encoding import Row
 from trl_cdr.scoring.forward import Decoder
 from trl_cdr.scoring.packed import Packed
 from trl_cdr.scoring.packing import Layout, PackLimits, plan_packs, visible
 from trl_cdr.scoring.tree_attention import TreeAttention
+from trl_cdr.scoring.types import Row
 
 HEADS, SIZE = 2, 8
 

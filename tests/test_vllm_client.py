@@ -12,9 +12,9 @@ from vllm_stand_in import StandIn, closed_port
 from trl_cdr import ConfigError, ModelError
 from trl_cdr.scoring import vllm_client
 from trl_cdr.scoring.causal_lm import CausalLM
-from trl_cdr.scoring.encoding import Row
 from trl_cdr.scoring.packing import Layout
 from trl_cdr.scoring.sources import Served
+from trl_cdr.scoring.types import Row
 from trl_cdr.scoring.vllm_client import VllmClient
 
 PATIENT = 60.0

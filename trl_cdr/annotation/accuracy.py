@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..scoring.encoding import Prompt
+from ..scoring.types import Prompt
 from .bouts import request_key
 from .preferences import Preference
 

@@ -14,11 +14,11 @@ from datasets import Dataset
 
 from ..config import CDRConfig
 from ..errors import ConfigError
-from ..scoring.encoding import Completion, Prompt
 from ..scoring.pair import Member
 from ..scoring.rewards import rewards_from_scores
 from ..scoring.scorer import DensityRatioScorer
 from ..scoring.sources import find_model
+from ..scoring.types import Completion, Prompt
 from .annotate_report import show, summarise
 from .groups import SCHEMA, Strategy, check_group, label_group, read_group
 from .pair_options import check_router, known_options, loaded_options, row_domains

@@ -6,7 +6,8 @@
 import random
 from dataclasses import replace
 
-from ..scoring.encoding import Completion, Prompt, Unscorable, read_messages
+from ..scoring.encoding import read_messages
+from ..scoring.types import Completion, Prompt, Unscorable
 
 ATTACKS = {
     "word": "its first word, twenty times",

@@ -9,9 +9,10 @@ import pyarrow as pa
 
 from ..scoring.columns import is_finished_or_not
 from ..scoring.completions import read_completion
-from ..scoring.encoding import Completion, Message, Unscorable, read_text, shorten
+from ..scoring.encoding import read_text
 from ..scoring.score import Score
 from ..scoring.selection import Pair, select_all_pairs, select_pair
+from ..scoring.types import Completion, Message, Unscorable, shorten
 from .shards import Labelled, add_counts
 
 Strategy = Literal["best_worst", "best_random", "all_pairs"]

@@ -29,7 +29,6 @@ from ..config import CDRConfig, shareable_options
 from ..errors import ConfigError
 from ..scoring.checkpoint import read_config
 from ..scoring.completions import read_completion
-from ..scoring.encoding import Completion, Prompt, Row, Unscorable
 from ..scoring.gate import examine, gate_statistics
 from ..scoring.loading import expected_dtype, find_device
 from ..scoring.packing import group_rows
@@ -37,6 +36,7 @@ from ..scoring.pair import Member
 from ..scoring.pair_loading import find_template, load_member
 from ..scoring.ratio import sum_logps
 from ..scoring.sources import find_source
+from ..scoring.types import Completion, Prompt, Row, Unscorable
 
 _FORMAT = 1
 _BATCH = 64  # texts that are run, and then written, together

@@ -16,11 +16,11 @@ import torch
 from ..config import CDRConfig
 from ..errors import ConfigError, InputError
 from ..scoring.checkpoint import read_config
-from ..scoring.encoding import Prompt
 from ..scoring.loading import expected_dtype, find_device
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
 from ..scoring.sources import find_sources
+from ..scoring.types import Prompt
 from .precision_rows import ROWS
 from .reader import needs, open_source, read_rows
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..scoring.completions import read_completion
-from ..scoring.encoding import Prompt, Unscorable, shorten
+from ..scoring.types import Prompt, Unscorable, shorten
 from .reader import BadRow, OnBadRow, Row, Source, read_rows
 from .rewardbench import Benchmark, find_benchmark
 

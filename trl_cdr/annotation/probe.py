@@ -15,9 +15,9 @@ from typing import Any
 
 from ..errors import ConfigError, InputError
 from ..scoring.completions import read_completion
-from ..scoring.encoding import Completion, Message, Prompt, Unscorable
 from ..scoring.pair import Member, Pair
 from ..scoring.scorer import DensityRatioScorer
+from ..scoring.types import Completion, Message, Prompt, Unscorable
 from .attacks import write_attacks
 from .bouts import Bout, hold_bouts, measure_honest, request_key, score_completions, summarise, with_gate
 from .search import CANDIDATES, search_tokens

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..scoring.encoding import Completion, Prompt, Row, fit
+from ..scoring.encoding import fit
 from ..scoring.packing import group_rows
 from ..scoring.pair import Member, Pair
 from ..scoring.rewards import rewards_from_scores
 from ..scoring.scorer import DensityRatioScorer
+from ..scoring.types import Completion, Prompt, Row
 from .bouts import score_completions
 from .writers import end_id, prompt_ids
 

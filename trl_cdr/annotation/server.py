@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from ..errors import ConfigError, ModelError
-from ..scoring.encoding import Completion, Prompt
 from ..scoring.sources import read_api_key
+from ..scoring.types import Completion, Prompt
 
 _AT_ONCE = 32  # requests
 _ATTEMPTS = 6

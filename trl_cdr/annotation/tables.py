@@ -10,8 +10,8 @@ from typing import Any
 
 from ..config import CDRConfig
 from ..errors import ConfigError, InputError
-from ..scoring.encoding import Unscorable
 from ..scoring.scorer import DensityRatioScorer
+from ..scoring.types import Unscorable
 from .accuracy import strata
 from .bouts import request_key
 from .passes import Entry, Model, Passes, Text

@@ -21,11 +21,12 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from ..config import CDRConfig
 from ..errors import ConfigError
 from ..scoring.causal_lm import CausalLM
-from ..scoring.encoding import Completion, Encoder, Prompt, Unscorable, own_chat_template
+from ..scoring.encoding import Encoder, own_chat_template
 from ..scoring.kv_cache import find_shareable
 from ..scoring.pair import Member, Pair
 from ..scoring.pair_loading import load_tokenizer
 from ..scoring.sources import find_model
+from ..scoring.types import Completion, Prompt, Unscorable
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scoring.encoding import Row
+from ..scoring.types import Row
 
 
 def naive_logps(

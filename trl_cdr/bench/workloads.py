@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..scoring.encoding import Row
+from ..scoring.types import Row
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 from ..annotation.attacks import ATTACKS, write_attacks
 from ..annotation.bouts import hold_bouts, summarise
 from ..annotation.intervals import bootstrap
-from ..scoring.encoding import Completion
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
+from ..scoring.types import Completion
 from . import real_world
 
 

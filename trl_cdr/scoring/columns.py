@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
-from .encoding import Message, Prompt, shorten
+from .types import Message, Prompt, shorten
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .encoding import Completion, Encoder, Message, Unscorable, read_text, shorten, vocabulary_hash
+from .encoding import Encoder, read_text, vocabulary_hash
 from .pair import Pair
+from .types import Completion, Message, Unscorable, shorten
 
 logger = logging.getLogger(__name__)
 

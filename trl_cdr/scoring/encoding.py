@@ -1,7 +1,7 @@
 """Text and ids -> token ids. The one owner of the prompt/completion boundary and of the end of a turn.
 
-Runs no model. `completions` reads what the policy wrote, `tokenization` tokenizes, `causal_lm` runs the rows that come
-out. A row, and the shift by one:
+Runs no model. `completions` reads what the policy wrote, `chat_template` renders conversations, `tokenization`
+tokenizes, `causal_lm` runs the rows that come out. A row, and the shift by one:
 
     position    0     1     2        p-1     p     p+1         p+C-1
              [ <s>  2      +  ...  <asst> ][ It    is   ...    <end> ]
@@ -10,76 +10,40 @@ out. A row, and the shift by one:
     predicting positions:          p-1 ... p+C-2          (`Row.predicting`, C of them)
     completion tokens:                       p ... p+C-1
 
-`<end>` is there only where the policy ended its turn: a completion that was cut off has none.
+`<end>` is only there if the policy ended its turn. Some templates end a turn with two tokens. Text that the template
+puts between its generation prompt and an answer (an empty thought, a channel) belongs to the prompt.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from hashlib import sha256
 from typing import Any
 
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, ModelError
-from .tokenization import ControlInText, OffsetTokenizer
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[Message]
-
-_PROBE = "trl-cdr probe"
-# What a template raises on messages that it does not take: its own refusals, and Python's on fields that are not there.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError)
+from .chat_template import ChatTemplate
+from .tokenization import ControlInText, OffsetTokenizer, Tokens
+from .types import Completion, Prompt, Row, Unscorable, shorten
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One prompt and completion as token ids of one model. `truncated`: the prompt lost tokens on its left."""
-
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-    truncated: bool = False
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """Prompt and completion."""
-        return self.prompt_ids + self.completion_ids
-
-    @property
-    def completion_inputs(self) -> tuple[int, ...]:
-        """The completion tokens that a model has to read: the last is predicted but predicts nothing."""
-        return self.completion_ids[:-1]
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """All that a model has to read."""
-        return self.prompt_ids + self.completion_inputs
-
-    @property
-    def predicting(self) -> slice:
-        """The positions whose output predicts the completion tokens, in their order."""
-        first = len(self.prompt_ids) - 1
-        return slice(first, first + len(self.completion_ids))
-
-
-class Unscorable(Exception):
-    """Why a row has no score. Raised where that is found; `scorer` keeps it in the row's place, as data."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Parts:
     """
-    What the policy wrote, before it is tokenized.
+    A row as text, for people; see `Encoder.parts`.
 
     Attributes:
-        text (`str`): The completion's text, without an end token.
-        finished (`bool` or `None`): The policy ended its turn / was cut off / nobody knows.
-        ids (`tuple[int, ...]` or `None`): Its token ids, where they are proven the pair's own; scored as they are.
+        prompt (`str`): The prompt, up to and including the generation prompt.
+        inserted (`str`): Text that the template puts between the generation prompt and the answer.
+        completion (`str`): The completion.
+        end (`str`): The end of the turn; empty if the completion is not finished.
     """
 
-    text: str
-    finished: bool | None
-    ids: tuple[int, ...] | None = None
+    prompt: str
+    inserted: str
+    completion: str
+    end: str
 
 
 def read_text(content: Any, name: str) -> str:
@@ -125,11 +89,14 @@ class Encoder:
         role (`str`): `"strong"` or `"weak"`, for messages.
         chat_template (`str`, *optional*): Jinja text of the template; the tokenizer's own if `None`.
         chat_template_kwargs (`Mapping`, *optional*): Variables for the template.
+        tools (`Sequence`, *optional*): Functions or JSON schemas that the template writes into every prompt.
+        today (`datetime.date`, *optional*): The date for templates that write today's. Default: the clock's.
         add_special_tokens (`str`, *optional*, defaults to `"auto"`): `"false"` keeps BOS off string prompts, `"true"`
             demands one, `"auto"` follows the tokenizer.
+        generation_ends (`Collection[int]`, *optional*): Ids at which the model's generation config ends a completion.
 
     Raises:
-        ConfigError: the chat template is no valid Jinja.
+        ConfigError: the chat template is not valid Jinja.
         ModelError: the tokenizer has no character offsets, or is to add a BOS that it does not have.
     """
 
@@ -140,7 +107,10 @@ class Encoder:
         *,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
+        today: date | None = None,
         add_special_tokens: str = "auto",
+        generation_ends: Collection[int] = (),
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
@@ -148,17 +118,28 @@ class Encoder:
                 "Pass a fast tokenizer (one backed by the tokenizers library)."
             )
         self.tokenizer = tokenizer
-        self.chat_template = chat_template or own_chat_template(tokenizer)
         self._role = role
-        self._kwargs = dict(chat_template_kwargs or {})
-        self._has_system_role = self._find_system_role()
-        self._drops_users = self._find_dropped_users()
-        self._offsets = OffsetTokenizer(tokenizer, self._turn_markers())
+        self._settings = {"add_special_tokens": add_special_tokens, "generation_ends": frozenset(generation_ends)}
+        text = chat_template or own_chat_template(tokenizer)
+        self.template = (
+            None
+            if text is None
+            else ChatTemplate(tokenizer, role, text, variables=chat_template_kwargs, tools=tools, today=today)
+        )
+        markers = set() if self.template is None else self.template.turn_markers()
+        self._offsets = OffsetTokenizer(tokenizer, markers)
         self._bos = self._choose_bos(add_special_tokens)
         self._end_of_text_id: int | None = tokenizer.eos_token_id
-        self._end_of_turn_id = self._find_end_of_turn()
+        # The text that ends a turn, and the id of its last token.
+        self._end_of_turn, self._end_of_turn_id = self._find_end_of_turn(generation_ends)
         special = dict(tokenizer.special_tokens_map)  # templates read them
-        self._identity = (self._offsets.identity, self.chat_template, self._kwargs, self._bos, self.end_ids, special)
+        template = None if self.template is None else self.template.identity
+        self._identity = (self._offsets.identity, template, self._bos, self._end_of_turn, self.end_ids, special)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja text of the template."""
+        return None if self.template is None else self.template.text
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -167,9 +148,21 @@ class Encoder:
 
     @property
     def end_of_turn(self) -> str | None:
-        """What closes an assistant's turn, as text."""
+        """The last token of an assistant's turn, as text."""
         token = self._end_of_turn_id
         return None if token is None else str(self.tokenizer.convert_ids_to_tokens(token))
+
+    def adapt(self, chat_template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None) -> "Encoder":
+        """Return an encoder like this one with other variables of the template and other tools."""
+        return Encoder(
+            self.tokenizer,
+            self._role,
+            chat_template=self.chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            tools=tools,
+            today=None if self.template is None else self.template.today,
+            **self._settings,  # type: ignore[arg-type]
+        )
 
     def is_like(self, other: "Encoder") -> bool:
         """Whether both encode everything alike: the same tokenizer, template and ends."""
@@ -184,28 +177,38 @@ class Encoder:
             ConfigError: the prompt is a conversation and there is no chat template.
             ModelError: the completion is finished and the tokenizer knows no end token.
         """
-        text = completion.text if completion.ids is None else ""
-        if isinstance(prompt, str):
-            rendered, bos, end_id = read_text(prompt, "the prompt"), self._bos, self._end_of_text_id
-            guarded = self._needs_guard([text], template_text=prompt)
-        else:
-            messages = read_messages(prompt)
-            guarded = self._needs_guard([*(message["content"] for message in messages), text])
-            if guarded:
-                messages = [{**message, "content": self._offsets.guard(message["content"])} for message in messages]
-            rendered, bos, end_id = self._render(messages), (), self._end_of_turn_id
-        after = self._offsets.guard(text) if guarded else text
-        try:
-            tokens = self._offsets.tokenize(rendered, after, guarded=guarded)
-        except ControlInText:
-            raise Unscorable("the text spells out a control token that the tokenizer can't read as text") from None
-        prompt_ids = bos + tokens.ids[: tokens.num_before]
-        completion_ids = completion.ids or tokens.ids[tokens.num_before :] + self._end(completion, end_id)
+        _, before, after, guarded = self._place(prompt, completion)
+        end, end_id = self._end(prompt, completion)
+        tokens = self._tokenize(before, after + end, guarded=guarded, prompt=prompt, completion=completion)
+        prompt_ids = (self._bos if isinstance(prompt, str) else ()) + tokens.ids[: tokens.num_before]
+        written = tokens.ids[tokens.num_before :] + (() if end_id is None else (end_id,))
+        completion_ids = completion.ids or written
         if not completion_ids:
             raise Unscorable("the completion is empty and was not finished: there is no token to score")
         if not prompt_ids:
             raise Unscorable("the prompt is empty: nothing predicts the first completion token")
         return Row(prompt_ids, completion_ids)
+
+    def parts(self, prompt: Prompt, completion: Completion) -> Parts:
+        """
+        Return the text that `encode` tokenizes, part by part.
+
+        Raises:
+            Unscorable, ConfigError, ModelError: as `encode`.
+        """
+        start, before, after, guarded = self._place(prompt, completion)
+        end, end_id = self._end(prompt, completion)
+        if guarded:
+            start, before, after = (self._offsets.unguard(text) for text in (start, before, after))
+        prompt_length = len(start) if before.startswith(start) else len(before)
+        last = end or ("" if end_id is None else str(self.tokenizer.convert_ids_to_tokens(end_id)))
+        if completion.ids is not None:
+            length = len(completion.ids)
+            while length and completion.ids[length - 1] in self.end_ids:
+                length -= 1
+            after = str(self.tokenizer.decode(completion.ids[:length]))
+            last = str(self.tokenizer.decode(completion.ids[length:]))
+        return Parts(before[:prompt_length], before[prompt_length:], after, last)
 
     def is_special(self, token: int) -> bool:
         """Whether decoding skips this id."""
@@ -221,6 +224,49 @@ class Encoder:
             return len(completion_ids) == 1 and completion_ids[0] in end_ids
         return bool(self.tokenizer.decode(completion_ids, skip_special_tokens=True) == text)
 
+    def _place(self, prompt: Prompt, completion: Completion) -> tuple[str, str, str, bool]:
+        """The generation prompt's text, all text before the completion, the completion, and if these are guarded."""
+        text = completion.text if completion.ids is None else ""
+        if isinstance(prompt, str):
+            before = read_text(prompt, "the prompt")
+            guarded = self._needs_guard([text], template_text=prompt)
+            return before, before, self._offsets.guard(text) if guarded else text, guarded
+        messages = read_messages(prompt)
+        if self.template is None:
+            raise ConfigError(
+                f"{self._role}_tokenizer has no chat template, nor has its partner, and the prompt is a conversation. "
+                "Pass cdr_chat_template, the path of a Jinja file, or use string prompts."
+            )
+        guarded = self._needs_guard([*(message["content"] for message in messages), text])
+        guard: Callable[[str], str] = self._offsets.guard if guarded else str
+        messages = [{**message, "content": guard(message["content"])} for message in messages]
+        placed = self.template.place(
+            self.template.check(messages),
+            text,
+            is_generated=completion.is_generated or completion.ids is not None,
+            finished=completion.finished,
+            guard=guard,
+        )
+        return placed.generation_prompt, placed.before, placed.after, guarded
+
+    def _tokenize(self, before: str, after: str, *, guarded: bool, prompt: Prompt, completion: Completion) -> Tokens:
+        try:
+            return self._offsets.tokenize(before, after, guarded=guarded)
+        except ControlInText as error:
+            where = self._find_spelled(str(error), prompt, completion)
+            raise Unscorable(
+                f"{where} spells out the control token {error}, which {self._role}_tokenizer can't read as text. "
+                "Remove the token from the text"
+            ) from None
+
+    def _find_spelled(self, token: str, prompt: Prompt, completion: Completion) -> str:
+        """Name the text that spells out a control token."""
+        texts = {"the completion": completion.text}
+        if not isinstance(prompt, str):
+            for index, message in enumerate(read_messages(prompt)):
+                texts[f"message {index} of the prompt"] = message["content"]
+        return next((name for name, text in texts.items() if token in text), "the text")
+
     def _needs_guard(self, written: list[str], *, template_text: str = "") -> bool:
         """Whether a control token is spelled out in what users and the policy wrote."""
         if not self._offsets.spells_control(written):
@@ -229,51 +275,19 @@ class Encoder:
             raise Unscorable("the text holds U+FDD0 beside the spelling of a control token: drop the character")
         return True
 
-    def _end(self, completion: Completion, end_id: int | None) -> tuple[int, ...]:
-        if not completion.finished:
-            return ()
+    def _end(self, prompt: Prompt, completion: Completion) -> tuple[str, int | None]:
+        """The text after a completion that ends its turn, or the id of the token if it is not written as text."""
+        if not completion.finished or completion.ids is not None:
+            return "", None
+        if not isinstance(prompt, str) and self._end_of_turn:
+            return self._end_of_turn, None
+        end_id = self._end_of_text_id if isinstance(prompt, str) else self._end_of_turn_id
         if end_id is None:
             raise ModelError(
                 f"{self._role}_tokenizer knows no end token: eos_token is None, and no chat template names one. "
                 "Set tokenizer.eos_token, or pass finished=False."
             )
-        return (end_id,)
-
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt as text, up to and including the generation prompt; an assistant's last turn is continued."""
-        if self.chat_template is None:
-            raise ConfigError(
-                f"{self._role}_tokenizer has no chat template, nor has its partner, and the prompt is a conversation. "
-                "Pass cdr_chat_template, the path of a Jinja file, or use string prompts."
-            )
-        if self._drops_users:
-            raise ConfigError(
-                f"the chat template of {self._role} leaves out what the user says: every prompt would read alike. It "
-                "may be one for images, or misspell content. Pass another by cdr_chat_template."
-            )
-        if messages[0]["role"] == "system" and not self._has_system_role:
-            # Gemma 2 and early Mistral refuse it, other templates pass over it: its text goes into the first turn.
-            if len(messages) < 2 or messages[1]["role"] != "user":
-                raise Unscorable(f"{self._role}'s chat template has no system role, and no user's turn follows it")
-            system, first, *rest = messages
-            messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-        try:
-            return self._apply_template(messages)
-        except _TEMPLATE_ERRORS as error:
-            raise Unscorable(f"the prompt was refused by {self._role}'s chat template: {error}") from None
-
-    def _apply_template(self, messages: list[dict[str, Any]], *, whole: bool = False) -> str:
-        """`whole`: the last turn is closed, as in training data; else it is left open for the completion."""
-        continues = not whole and messages[-1].get("role") == "assistant"
-        rendered = self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            chat_template=self.chat_template,
-            add_generation_prompt=not whole and not continues,
-            continue_final_message=continues,
-            **self._kwargs,
-        )
-        return str(rendered)
+        return "", end_id
 
     def _choose_bos(self, add_special_tokens: str) -> tuple[int, ...]:
         """What goes before a string prompt."""
@@ -288,67 +302,27 @@ class Encoder:
             return (self.tokenizer.bos_token_id,)
         return bos
 
-    def _find_system_role(self) -> bool:
-        """Whether a system turn reaches the rendered text. Also the first look at the template."""
-        if self.chat_template is None:
-            return False
-        turns = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "a"}]
-        try:
-            return _PROBE in self._apply_template(turns)
-        except TemplateSyntaxError as error:
-            raise ConfigError(
-                f"the chat template of {self._role} is no valid Jinja ({error}). Mend it, or pass another by "
-                "cdr_chat_template."
-            ) from None
-        except _TEMPLATE_ERRORS:
-            return False
-
-    def _find_dropped_users(self) -> bool:
-        """Whether a user's turn does not reach the rendered text."""
-        if self.chat_template is None:
-            return False
-        try:
-            return _PROBE not in self._apply_template([{"role": "user", "content": _PROBE}])
-        except _TEMPLATE_ERRORS:
-            return False
-
-    def _turn_markers(self) -> set[str]:
+    def _find_end_of_turn(self, generation_ends: Collection[int]) -> tuple[str, int | None]:
         """
-        Added tokens that the chat template opens and closes turns with.
+        The text that ends an assistant's turn, and the id of its last token; else the end of text.
 
-        Some checkpoints don't flag theirs as special. What a template writes inside the assistant's turn (`<think>`)
-        is no marker: the policy writes it too.
+        Some templates (GLM's) write no end: the marker of the next turn ends the turn, as the generation config says.
         """
-        if self.chat_template is None:
-            return set()
-        system, user = {"role": "system", "content": _PROBE}, {"role": "user", "content": _PROBE}
-        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip()}
-        markers: set[str] = set()
-        for turns in ([user], [system, user]):
-            try:
-                rendered = self._apply_template(turns, whole=True)
-                opening = self._apply_template(turns).rpartition(_PROBE)[2]
-            except _TEMPLATE_ERRORS:
-                continue
-            markers |= {token for token in added if token in rendered}
-            closing = rendered.rpartition(_PROBE)[2]
-            first = [token for token in added if opening.removeprefix(closing).lstrip().startswith(token)]
-            markers |= set(first)
-        return markers
-
-    def _find_end_of_turn(self) -> int | None:
-        """The special token that the chat template writes after an assistant's content; else the end of text."""
-        if self.chat_template is None:
-            return self._end_of_text_id
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
-        try:
-            rendered = self._apply_template(turns, whole=True)
-        except _TEMPLATE_ERRORS:
-            return self._end_of_text_id
-        if _PROBE not in rendered:
-            return self._end_of_text_id
-        end = self._offsets.control_at_start(rendered.rpartition(_PROBE)[2])
-        return self._end_of_text_id if end is None else int(self.tokenizer.convert_tokens_to_ids(end))
+        nothing = "", self._end_of_text_id
+        if self.template is None or self.template.closing is None:
+            return nothing
+        ends = {*generation_ends, self._end_of_text_id}
+        space, controls = self._offsets.leading_controls(self.template.closing)
+        if not controls:
+            space, controls = self._offsets.leading_controls(self.template.next_turn)
+            first = self.tokenizer.convert_tokens_to_ids(controls[0]) if controls else None
+            is_end = first in generation_ends if generation_ends else first != self.tokenizer.bos_token_id
+            if first is None or not is_end:
+                return nothing
+            return space + controls[0], first
+        ids = [int(self.tokenizer.convert_tokens_to_ids(token)) for token in controls]
+        length = next((place for place, id in enumerate(ids, start=1) if id in ends), len(ids))
+        return space + "".join(controls[:length]), ids[length - 1]
 
 
 def own_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -374,9 +348,3 @@ def read_messages(prompt: Any) -> list[dict[str, Any]]:
 
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def shorten(value: Any) -> str:
-    """A value as a message shows it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -14,10 +14,10 @@ from transformers import DynamicCache, PretrainedConfig
 
 from .. import _compat
 from .adapters import unwrap
-from .encoding import Row
 from .kv_cache import find_argument
 from .logps import Reduce, head_logps, token_logps
 from .packing import Layout, Pack, plan_batches
+from .types import Row
 
 # A larger batch no longer fits a CPU's caches (16 rows of 511 tokens take 10 % longer at once than in four batches).
 CPU_TOKENS = 2048

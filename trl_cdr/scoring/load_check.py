@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .. import _compat
-from .encoding import Row
 from .forward import Decoder, Way
 from .kv_cache import describe_error
 from .logps import Reduce, token_logps
 from .packed import attention_windows
 from .packing import MIN_PREFIX, Layout
+from .types import Row
 
 # Largest difference, in nats per token, at which two ways to the same log-probability count as equal. Of the probe's 22
 # tokens SmolLM2-135M is off by at most 1.4e-5 in float32, 0.04 in float16 and 0.20 in bfloat16 (three seeds); with

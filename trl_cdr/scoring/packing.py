@@ -22,7 +22,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .encoding import Row
+from .types import Row
 
 # Shorter common prefixes and prompts are not worth a forward of their own.
 MIN_PREFIX = 32

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..conditioning.criteria import Conditioning
 from .causal_lm import CausalLM
-from .encoding import Completion, Encoder, Prompt, Row, Unscorable, fit, own_chat_template, vocabulary_hash
+from .encoding import Encoder, fit, own_chat_template, vocabulary_hash
 from .logps import Reduce, token_logps
 from .packing import Group, Layout, common_prefix
 from .served_lm import ServedLM
+from .types import Completion, Prompt, Row, Unscorable
 
 # Prompts that start differently: what their conditioned forms share is the conditioning's and the template's.
 _PROBES = ("a", "B", "7", "(", "-", "é", "中")

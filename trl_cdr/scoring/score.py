@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .encoding import Row
 from .gate import examine
 from .ratio import log_ratio, sum_logps
+from .types import Row
 
 
 @dataclass(frozen=True, slots=True)

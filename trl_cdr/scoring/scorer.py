@@ -22,7 +22,6 @@ from ..config import PAIR_OPTIONS, CDRConfig
 from ..errors import ConfigError
 from .columns import check_columns, check_ids
 from .completions import CompletionReader
-from .encoding import Completion, Message, Prompt, Row, Unscorable
 from .gate import gate_statistics
 from .logps import token_logps
 from .memory import weight_bytes
@@ -32,6 +31,7 @@ from .pair_loading import load_tokenizer
 from .pair_source import PairSource, check_adapters, check_sources
 from .ranks import Ranks
 from .score import Score, score_from_logps
+from .types import Completion, Message, Prompt, Row, Unscorable
 
 logger = logging.getLogger(__name__)
 

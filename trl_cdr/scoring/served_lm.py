@@ -13,11 +13,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..config import is_served
 from ..errors import ConfigError, ModelError
-from .encoding import shorten
 from .loading import hub_kwargs
 from .logps import Reduce, token_logps
 from .packing import Layout
 from .sources import Served, read_served
+from .types import shorten
 
 if TYPE_CHECKING:
     from .vllm_client import VllmClient

@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any
 
 from .columns import Columns, check_columns, check_ids, join_columns
-from .encoding import Message, Prompt
 from .ranks import Weights
 from .score import Score
 from .scorer import DensityRatioScorer
+from .types import Message, Prompt
 from .weights import fingerprint
 
 

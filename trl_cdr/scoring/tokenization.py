@@ -56,9 +56,14 @@ class OffsetTokenizer:
         control = {text for text, token in added.items() if token["special"] or text in named}
         self._added_ids = {token["id"] for token in spec["added_tokens"]}
         self._control_ids = {added[text]["id"] for text in control}
+        self._unknown_id = _find_unknown(self._plain, spec["model"])
         longest_first = sorted(control, key=lambda text: (-len(text), text))
         self._mark_of = {text: f"{_MARK}{index}{_MARK}" for index, text in enumerate(longest_first)}
         self._spelled = _any_of(longest_first)
+        # Of these, a text is matched after it has been normalized: in lower case, or with other forms of letters.
+        self._normalizer = self._plain.normalizer
+        normalized = [text for text in longest_first if added[text]["normalized"]]
+        self._normalized = _any_of([self._normalize(text) for text in normalized]) if normalized else None
         self._other_spelling = self._mark_of | {mark: text for text, mark in self._mark_of.items()}
         self._either = _any_of(list(self._other_spelling))
 
@@ -71,7 +76,10 @@ class OffsetTokenizer:
 
     def spells_control(self, texts: Iterable[str]) -> bool:
         """Whether a control token is spelled out in one of these texts."""
-        return any(self._spelled.search(text) for text in texts)
+        for text in texts:
+            if self._spelled.search(text) or (self._normalized and self._normalized.search(self._normalize(text))):
+                return True
+        return False
 
     def has_mark(self, texts: Iterable[str]) -> bool:
         """Whether one of these texts holds the character that the guard uses itself (U+FDD0)."""
@@ -81,10 +89,19 @@ class OffsetTokenizer:
         """Spell control tokens as marks."""
         return self._spelled.sub(lambda match: self._mark_of[match[0]], text)
 
-    def control_at_start(self, text: str) -> str | None:
-        """The control token that a text starts with, white space aside."""
-        match = self._spelled.match(text.lstrip())
-        return match[0] if match else None
+    def unguard(self, text: str) -> str:
+        """Spell marks as control tokens."""
+        return self._swap(text)
+
+    def leading_controls(self, text: str) -> tuple[str, list[str]]:
+        """White space that a text starts with, and the control tokens that follow it without a gap."""
+        rest = text.lstrip()
+        controls = []
+        position = 0
+        while match := self._spelled.match(rest, position):
+            controls.append(match[0])
+            position = match.end()
+        return text[: len(text) - len(rest)], controls
 
     def tokenize(self, before: str, after: str, *, guarded: bool = False) -> Tokens:
         """
@@ -95,7 +112,8 @@ class OffsetTokenizer:
             guarded (`bool`, *optional*, defaults to `False`): The parts hold marks from `guard`.
 
         Raises:
-            ControlInText: the tokenizer's own vocabulary spells a guarded text as a control token (Unigram models do).
+            ControlInText: a guarded text became a control token, because the vocabulary's merges make it. The message
+                is the token.
         """
         tokenizer = self._plain
         original_ids: dict[int, int] = {}
@@ -113,27 +131,41 @@ class OffsetTokenizer:
             # A control token before the seam that swallows white space behind it (Phi-3) is not the completion's.
             left, right = (tokenizer.encode(part, add_special_tokens=False).ids for part in (before, after))
             ids, first = left + right, len(left)
-        if guarded and any(id in self._control_ids and id not in original_ids for id in ids):
-            raise ControlInText
+        if guarded:
+            for id in ids:
+                if id in self._control_ids and id not in original_ids and id != self._unknown_id:
+                    raise ControlInText(self._plain.id_to_token(id))
         return Tokens(tuple(original_ids.get(id, id) for id in ids), first)
 
     def _marked_tokenizer(self) -> tuple[Tokenizer, dict[int, int]]:
-        """The second copy, and its ids of added tokens -> the original's."""
+        """The second copy, and its ids of control tokens -> the original's."""
         if self._marked is None:
             spec = json.loads(self._plain.to_str())
-            added = [
-                {**token, "content": self._mark_of.get(token["content"], token["content"])}
-                for token in spec["added_tokens"]
-            ]
-            marked = Tokenizer.from_str(json.dumps({**spec, "added_tokens": added}))
-            # An added token that the model's own vocabulary lacks is numbered anew, so ids are mapped back by content.
-            renamed: dict[int, int] = {}
-            for token in added:
-                id = marked.token_to_id(token["content"])
-                assert id is not None
-                renamed[id] = token["id"]
-            self._marked = marked, renamed
-        return self._marked
+            for token in spec["added_tokens"]:
+                if token["content"] in self._mark_of:
+                    token["content"], token["normalized"] = self._mark_of[token["content"]], False
+            self._rename_pieces(spec["model"])
+            marked = Tokenizer.from_str(json.dumps(spec))
+            # A control token that the model's own vocabulary lacks gets another id, so ids are mapped back by content.
+            ids = {marked.token_to_id(mark): self._plain.token_to_id(text) for text, mark in self._mark_of.items()}
+            for token in spec["added_tokens"]:
+                ids.setdefault(marked.token_to_id(token["content"]), token["id"])
+            self._marked = marked, ids  # type: ignore[assignment]
+        return self._marked  # type: ignore[return-value]
+
+    def _rename_pieces(self, model: dict[str, Any]) -> None:
+        """Spell control tokens as marks in the model's vocabulary: Unigram and WordPiece find their text there."""
+        merges = model.get("merges", [])
+        merged = {merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in merges}
+        unknown = self._plain.id_to_token(self._unknown_id) if self._unknown_id is not None else None
+        names = {text: mark for text, mark in self._mark_of.items() if text not in merged and text != unknown}
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(text, text): id for text, id in model["vocab"].items()}
+        else:
+            model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+
+    def _normalize(self, text: str) -> str:
+        return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
 
     def _swap(self, text: str) -> str:
         return self._either.sub(lambda match: self._other_spelling[match[0]], text)
@@ -141,6 +173,13 @@ class OffsetTokenizer:
 
 def _any_of(texts: list[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+
+def _find_unknown(tokenizer: Tokenizer, model: dict[str, Any]) -> int | None:
+    """The id of text that the vocabulary can't spell."""
+    if model.get("unk_token") is not None:
+        return tokenizer.token_to_id(model["unk_token"])
+    return model.get("unk_id")
 
 
 def _keep_whole_offsets(post_processor: Any) -> None:

@@ -35,8 +35,8 @@ from tenacity.nap import sleep_using_event
 from torch import Tensor
 
 from ..errors import ConfigError, ModelError
-from .encoding import Row, shorten
 from .sources import Served, read_api_key
+from .types import Row, shorten
 
 # Rows that wait for one replica. vLLM batches as many as it has room for, and queues the rest.
 AT_ONCE = 32

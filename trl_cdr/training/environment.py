@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 from .. import _compat
 from ..config import CDRConfig
 from ..errors import ConfigError
-from ..scoring.encoding import Message, Prompt
+from ..scoring.types import Message, Prompt
 from .reward import CDRReward
 
 _PREFIX = "CDR_"

@@ -13,8 +13,8 @@ from .._compat import register_pairwise_judge
 from ..conditioning.router import COLUMN
 from ..config import CDRConfig
 from ..errors import ConfigError, InputError, UnscorableError
-from ..scoring.encoding import Message, Prompt, shorten
 from ..scoring.rewards import rewards_from_scores
+from ..scoring.types import Message, Prompt, shorten
 from .reward import CDRReward
 
 logger = logging.getLogger(__name__)

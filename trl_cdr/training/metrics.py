@@ -10,8 +10,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..scoring.encoding import Message, Prompt
 from ..scoring.score import Score
+from ..scoring.types import Message, Prompt
 
 
 @dataclass(frozen=True)

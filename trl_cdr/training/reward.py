@@ -18,11 +18,11 @@ from .. import _compat
 from ..conditioning.criteria import Criteria
 from ..config import CDRConfig
 from ..errors import ConfigError
-from ..scoring.encoding import Message, Prompt
 from ..scoring.rewards import rewards_from_scores
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
 from ..scoring.together import load_together, score_together
+from ..scoring.types import Message, Prompt
 from .checks import check_domains, check_name, check_policy, trainer_datasets
 from .metrics import Call, call_metrics
 from .provenance import ProvenanceCallback
