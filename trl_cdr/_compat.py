@@ -218,9 +218,77 @@ def use_adapter() -> Any:
 
 def end_tokens(trainer: Any) -> set[int]:
     """The tokens of which `GRPOTrainer` takes one at a completion's end for a sign that it was not cut off."""
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    tokenizer = inner_tokenizer(trainer.processing_class)
     # TRL < 1.14.2 knows one end token; drop with the floor.
     return {*getattr(trainer, "eos_token_ids", [tokenizer.eos_token_id]), tokenizer.pad_token_id}
+
+
+def inner_tokenizer(processing_class: Any) -> Any:
+    """
+    Return the tokenizer that a trainer's `processing_class` is, or that it holds if it is a processor.
+
+    A tokenizer may have an attribute `tokenizer` that is something else (`MistralCommonBackend`).
+    """
+    from transformers import ProcessorMixin
+
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def conversation_arguments(trainer: Any) -> tuple[dict[str, Any] | None, list[Any] | None]:
+    """
+    Return the variables and the tools with which a trainer renders the policy's prompts.
+
+    GRPO, RLOO and `OnlinePreferenceTrainer` have both or the variables; online DPO has none. Tools of environments
+    differ by row, and are left out.
+    """
+    kwargs = getattr(trainer, "chat_template_kwargs", None)
+    environments = getattr(trainer, "environment_factories", None)
+    tools = None if environments is not None else getattr(trainer, "tools", None)
+    return kwargs or None, tools or None
+
+
+def policy_prompt_ids(trainer: Any, prompts: list[Any]) -> list[list[int]] | None:
+    """
+    Return the token ids that a trainer's policy reads for prompts; `None` if the trainer can't be asked.
+
+    GRPO and RLOO are asked by their own method. If a TRL lacks it, and for online DPO, prompts are rendered as these
+    trainers do.
+
+    Args:
+        trainer: A trainer of TRL or `OnlinePreferenceTrainer`.
+        prompts (`list`): Strings or conversations, all of one kind.
+    """
+    tokenize = getattr(trainer, "_tokenize_prompts", None)
+    try:
+        if tokenize is not None:
+            result = tokenize(prompts)
+            ids = result[0] if isinstance(result, tuple) else result
+        elif isinstance(prompts[0], str):
+            ids = trainer.processing_class(text=prompts, add_special_tokens=not is_online_dpo(trainer.args))[
+                "input_ids"
+            ]
+        else:
+            kwargs, tools = conversation_arguments(trainer)
+            template = getattr(trainer, "chat_template", None)
+            ids = [
+                trainer.processing_class.apply_chat_template(
+                    prompt,
+                    chat_template=template,
+                    tools=tools,
+                    add_generation_prompt=True,
+                    return_dict=True,
+                    **(kwargs or {}),
+                )["input_ids"]
+                for prompt in prompts
+            ]
+        return [[int(id) for id in row] for row in ids]
+    except Exception:  # images, other processors: whatever the method can't take
+        return None
+
+
+def has_judges() -> bool:
+    """Return True if TRL's trainers take judges. TRL 1.1 removed them (trl#5485)."""
+    return Version(version("trl")).release < (1, 1)
 
 
 def generation_ends(trainer: Any) -> list[int]:
@@ -326,8 +394,7 @@ def register_pairwise_judge(judge: type) -> None:
     Args:
         judge (`type`): Has the method `judge` of TRL's protocol.
     """
-    # TRL 1.1 removed judges (trl#5485), and looking for them there would load trl.experimental; drop with the floor.
-    if Version(version("trl")).release >= (1, 1):
+    if not has_judges():  # looking for them would load trl.experimental; drop with the floor
         return
     from trl.experimental.judges import BasePairwiseJudge
 

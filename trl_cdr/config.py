@@ -29,6 +29,8 @@ PAIR_OPTIONS = (
     "model_init_kwargs",
     "chat_template",
     "chat_template_kwargs",
+    "string_prompts",
+    "date",
     "add_special_tokens",
     "max_length",
     "prefix_cache_tokens",
@@ -119,7 +121,25 @@ class CDRConfig:
     )
     cdr_chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Variables for the chat template (enable_thinking, ...), a mapping or a JSON string."},
+        metadata={
+            "help": "Variables for the chat template (enable_thinking, ...), a mapping or a JSON string. Default: the "
+            "trainer's chat_template_kwargs."
+        },
+    )
+    cdr_string_prompts: Literal["auto", "user", "text"] = field(
+        default="auto",
+        metadata={
+            "help": "How a prompt that is a string is read. user: as a user's turn; text: as raw text, without a chat "
+            "template; auto: text in a trainer, else user if there is a chat template. If the completion is a message, "
+            "the prompt is always a user's turn."
+        },
+    )
+    cdr_date: str | None = field(
+        default=None,
+        metadata={
+            "help": "The date (YYYY-MM-DD) for chat templates that write today's date. Default: the day on which the "
+            "run began. It is recorded, and a resumed run uses it again."
+        },
     )
     cdr_policy_tokenizer: str | None = field(
         default=None,
@@ -285,17 +305,46 @@ class CDRConfig:
                 `seed`; `cdr_dtype="auto"` is bfloat16 where the trainer computes in it (`bf16`), the pair sits on the
                 trainer's kind of device and that is no CPU, where "auto" stays float32: bfloat16 is slow there. fp16
                 changes nothing, since the range of float16 is too small for many checkpoints. With
-                `cdr_share_policy` "auto" is the policy's, on servers theirs.
+                `cdr_share_policy` "auto" is the policy's, on servers theirs. `cdr_chat_template_kwargs=None` is the
+                trainer's `chat_template_kwargs`.
+
+        Raises:
+            ConfigError: `cdr_chat_template_kwargs` and the trainer's `chat_template_kwargs` differ.
         """
         options = {f.name.removeprefix(_PREFIX): getattr(self, f.name) for f in fields(self)}
         if args is not None and self.cdr_seed == CDRConfig.cdr_seed:
             options["seed"] = args.seed
+        options["chat_template_kwargs"] = choose_template_kwargs(
+            self.cdr_chat_template_kwargs,  # type: ignore[arg-type]
+            getattr(args, "chat_template_kwargs", None),
+        )
         has_weights = not self.cdr_share_policy and len(self.served) < 2
         if args is not None and self.cdr_dtype == "auto" and args.bf16 and has_weights:
             device = args.device.type if self.cdr_device == "auto" else self.cdr_device.split(":")[0]
             if device == args.device.type != "cpu":
                 options["dtype"] = "bfloat16"
         return options
+
+
+def choose_template_kwargs(own: Mapping[str, Any] | None, trainers: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """
+    Return the variables with which the pair's chat templates are rendered.
+
+    Args:
+        own (`Mapping` or `None`): `cdr_chat_template_kwargs`.
+        trainers (`Mapping` or `None`): The trainer's `chat_template_kwargs`, with which the policy's prompts are
+            rendered.
+
+    Raises:
+        ConfigError: both are set and differ.
+    """
+    if own and trainers and dict(own) != dict(trainers):
+        raise ConfigError(
+            f"cdr_chat_template_kwargs is {dict(own)}, and the trainer's chat_template_kwargs is {dict(trainers)}. The "
+            "pair would score another prompt than the policy reads. Leave out cdr_chat_template_kwargs, or make them "
+            "equal."
+        )
+    return dict(own or trainers or {}) or None
 
 
 def is_served(name: str) -> bool:

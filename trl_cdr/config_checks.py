@@ -4,6 +4,7 @@
 """
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +23,7 @@ _TEMPLATE_ARGUMENTS = {
     "return_dict",
     "return_tensors",
     "tokenize",
+    "tools",
 }
 
 
@@ -143,7 +145,12 @@ def _check_criteria(config: Any) -> None:
 
 
 def _check_template(config: Any) -> None:
-    """A chat template and its variables."""
+    """A chat template, its variables and its date."""
+    if config.cdr_date is not None:
+        try:
+            date.fromisoformat(config.cdr_date)
+        except ValueError:
+            raise ConfigError(f"cdr_date is {config.cdr_date!r}. Use a date such as '2026-11-30'.") from None
     reserved = sorted(_TEMPLATE_ARGUMENTS & set(config.cdr_chat_template_kwargs or {}))
     if reserved:
         raise ConfigError(

@@ -150,7 +150,7 @@ def prompt_ids(member: Member, prompt: Prompt) -> tuple[int, ...]:
     Raises:
         Unscorable: it can't be encoded.
     """
-    return member.encoder.encode(prompt, Completion("", None, ids=(0,))).prompt_ids
+    return member.encoder.prompt_ids(prompt)
 
 
 def _encode(member: Member, prompt: Prompt, max_new_tokens: int) -> tuple[int, ...]:

@@ -4,16 +4,21 @@ Reads what trainers hand over; `encoding` turns the result into rows. Runs no mo
 """
 
 import logging
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .._compat import inner_tokenizer
 from .encoding import Encoder, read_text, vocabulary_hash
 from .pair import Pair
 from .types import Completion, Message, Unscorable, shorten
 
 logger = logging.getLogger(__name__)
+
+# The bytes of a character are at most four: three of them, each decoded alone, are the most that can be broken.
+_BROKEN = re.compile("\ufffd{1,3}$")
 
 # What a parsed response keeps beside its content: the policy wrote it, and scoring the rest alone would mislead.
 _APART = ("tool_calls", "reasoning_content", "reasoning", "thinking")
@@ -42,7 +47,7 @@ class CompletionReader:
         self._policy_end_ids: frozenset[int] | None = None
         self._has_warned = False
         if policy_tokenizer is not None:
-            policy: PreTrainedTokenizerBase = getattr(policy_tokenizer, "tokenizer", policy_tokenizer)
+            policy: PreTrainedTokenizerBase = inner_tokenizer(policy_tokenizer)
             is_fast = getattr(policy, "is_fast", False)
             ends = Encoder(policy, "policy").end_ids if is_fast else frozenset([policy.eos_token_id])
             self._policy_end_ids = ends | frozenset(policy_ends)
@@ -57,6 +62,8 @@ class CompletionReader:
         completions: Sequence[str | Sequence[Message]],
         completion_ids: Sequence[Sequence[int]] | None,
         finished: Sequence[bool | None] | None,
+        *,
+        is_generated: Sequence[bool] | None = None,
     ) -> list[Completion | Unscorable]:
         """Arguments as in `DensityRatioScorer.score`; one result for each completion, in order."""
         read: list[Completion | Unscorable] = []
@@ -67,14 +74,15 @@ class CompletionReader:
                 read.append(reason)
                 continue
             ids = None if completion_ids is None else list(completion_ids[index])
+            follows = ids is not None if is_generated is None else bool(is_generated[index])
             own = self._own(ids, text) if ids is not None and self._ids_may_match else None
             if own is not None:
                 read.append(own)
             elif finished is not None:
                 said = finished[index]
-                read.append(Completion(text, None if said is None else bool(said)))
+                read.append(_read_text(text, None if said is None else bool(said), follows))
             else:
-                read.append(Completion(text, True if ids is None else self._ended(ids)))
+                read.append(_read_text(text, True if ids is None else self._ended(ids), follows))
         return read
 
     def _own(self, ids: list[int], text: str) -> Completion | None:
@@ -96,7 +104,7 @@ class CompletionReader:
     def _ended(self, ids: list[int]) -> bool | None:
         """Whether ids that are not the pair's hold one of the policy's end tokens."""
         if self._policy_end_ids is not None:
-            return not self._policy_end_ids.isdisjoint(ids)
+            return not self._policy_end_ids.isdisjoint(drop_left_padding(ids, self._pad_ids))
         self._warn()
         return None
 
@@ -131,11 +139,12 @@ def read_completion(completion: Any) -> str:
 
 def cut_at_end(ids: Sequence[int], *, end_ids: Collection[int], pad_ids: Collection[int | None]) -> tuple[int, ...]:
     """
-    Drop what follows the first end token, or the padding where there is none.
+    Drop padding on the left, and what follows the first end token, or the padding where there is none.
 
     Online DPO pads on the right, often with the end token itself: `[x, end, end, end]` was `[x, end]`. A completion
     that was cut off holds no end token, and none is added.
     """
+    ids = drop_left_padding(ids, pad_ids)
     for index, token in enumerate(ids):
         if token in end_ids:
             return tuple(ids[: index + 1])
@@ -143,3 +152,16 @@ def cut_at_end(ids: Sequence[int], *, end_ids: Collection[int], pad_ids: Collect
     while length and ids[length - 1] in pad_ids:
         length -= 1
     return tuple(ids[:length])
+
+
+def drop_left_padding(ids: Sequence[int], pad_ids: Collection[int | None]) -> Sequence[int]:
+    """Drop padding before the first token. A completion of padding alone stays: its first token may be its end."""
+    start = next((index for index, token in enumerate(ids) if token not in pad_ids), 0)
+    return ids[start:]
+
+
+def _read_text(text: str, finished: bool | None, is_generated: bool) -> Completion:
+    """A completion without ids. If it was cut inside a character, the rest of that character is left out."""
+    if finished is not True:
+        text = _BROKEN.sub("", text)
+    return Completion(text, finished, is_generated=is_generated)

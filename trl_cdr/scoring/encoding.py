@@ -152,15 +152,35 @@ class Encoder:
         token = self._end_of_turn_id
         return None if token is None else str(self.tokenizer.convert_ids_to_tokens(token))
 
-    def adapt(self, chat_template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None) -> "Encoder":
-        """Return an encoder like this one with other variables of the template and other tools."""
+    @property
+    def written_date(self) -> str | None:
+        """The date that the template writes into prompts, as `YYYY-MM-DD`; `None` if it writes no date."""
+        if self.template is None or not self.template.writes_date:
+            return None
+        return (self.template.today or date.today()).isoformat()
+
+    def describe_thoughts(self) -> str:
+        """How the template treats the thoughts of a reasoning model, for people."""
+        if self.template is None or self.template.thoughts is None:
+            return "none"
+        thoughts = self.template.thoughts
+        if self.template.opens_thought:
+            return (
+                f"the prompt opens {thoughts.tag}; an answer without {thoughts.close} is read as one without thoughts"
+            )
+        return f"{thoughts.tag} ... {thoughts.close}"
+
+    def adapt(
+        self, chat_template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None, today: date
+    ) -> "Encoder":
+        """Return an encoder like this one with other variables of the template, other tools and another date."""
         return Encoder(
             self.tokenizer,
             self._role,
             chat_template=self.chat_template,
             chat_template_kwargs=chat_template_kwargs,
             tools=tools,
-            today=None if self.template is None else self.template.today,
+            today=today,
             **self._settings,  # type: ignore[arg-type]
         )
 
@@ -188,6 +208,15 @@ class Encoder:
         if not prompt_ids:
             raise Unscorable("the prompt is empty: nothing predicts the first completion token")
         return Row(prompt_ids, completion_ids)
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """
+        Return the prompt's tokens, up to and including the generation prompt.
+
+        Raises:
+            Unscorable, ConfigError: as `encode`.
+        """
+        return self.encode(prompt, Completion("", None, ids=(0,))).prompt_ids
 
     def parts(self, prompt: Prompt, completion: Completion) -> Parts:
         """

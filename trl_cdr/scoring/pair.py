@@ -3,8 +3,9 @@
 Knows no conversation and no score: `scorer` asks it for two encoders and two models. `pair_loading` loads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +53,12 @@ class Member:
         """Those of `end_ids` that the model predicts."""
         return tuple(sorted(id for id in self.end_ids if id < self.lm.num_embeddings))
 
+    def adapt(
+        self, chat_template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None, today: date
+    ) -> "Member":
+        """Return this model with an encoder that reads conversations in another way; see `Encoder.adapt`."""
+        return Member(self.lm, self.encoder.adapt(chat_template_kwargs, tools, today), self.max_length)
+
     def describe(self, *, token_budget: int) -> dict[str, Any]:
         """How this model will run, for people; see `CausalLM.describe`."""
         own = own_chat_template(self.encoder.tokenizer)
@@ -62,6 +69,8 @@ class Member:
             "end_of_turn": self.encoder.end_of_turn,
             "end_tokens": self.encoder.tokenizer.convert_ids_to_tokens(self.final_ids),
             "chat_template": template if self.encoder.chat_template else "none",
+            "thoughts": self.encoder.describe_thoughts(),
+            "date": self.encoder.written_date,
         }
 
     def encode(self, prompt: Prompt, completion: Completion) -> Row:
@@ -142,6 +151,16 @@ class Pair:
         object.__setattr__(self, "shares_vocabulary", shares)
         object.__setattr__(self, "reads_alike", is_alike)
         object.__setattr__(self, "end_ids", self.strong.end_ids | self.weak.end_ids)
+
+    @property
+    def has_template(self) -> bool:
+        """The models have chat templates, or share one."""
+        return self.strong.encoder.template is not None and self.weak.encoder.template is not None
+
+    def adapt(self, chat_template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None, today: date) -> "Pair":
+        """Return the pair with encoders that read conversations in another way; see `Encoder.adapt`."""
+        members = (member.adapt(chat_template_kwargs, tools, today) for member in (self.strong, self.weak))
+        return Pair(*members)
 
     def encode(self, prompt: Prompt, completion: Completion) -> tuple[Row, Row]:
         """

@@ -4,8 +4,9 @@
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def load_pair(
     weak_tokenizer: PreTrainedTokenizerBase | None = None,
     base: nn.Module | None = None,
     turns: Turns | None = None,
+    tools: Sequence[Any] | None = None,
+    today: date | None = None,
 ) -> Pair:
     """
     Load what is a name, take what is a module, and check that the two can be compared.
@@ -48,6 +51,8 @@ def load_pair(
         strong_tokenizer, weak_tokenizer: Loaded tokenizers; each model's own if `None`.
         base (`nn.Module`, *optional*): The policy's, to be used in place of one that is loaded.
         turns (`Turns`, *optional*): Who wakes models that `cdr_offload` puts to sleep.
+        tools (`Sequence`, *optional*): Tools that chat templates write into prompts.
+        today (`datetime.date`, *optional*): The date for chat templates that write today's.
 
     Raises:
         ConfigError: `cdr_max_length` exceeds a model's positions, `cdr_offload` asks for what can't be moved, or the
@@ -73,7 +78,9 @@ def load_pair(
     members = []
     for (role, tokenizer), template, other in zip(tokenizers.items(), templates, reversed(templates), strict=True):
         # a base model has none: it reads its partner's
-        members.append(_make_member(config, lms[role], tokenizer, role, template=template or other))
+        member = _make_member(config, lms[role], tokenizer, role, template=template or other, tools=tools, today=today)
+        members.append(member)
+        _warn_of_open_thoughts(member, role)
     here = [member.local for member in members if not member.is_served]
     if config.cdr_offload == "cpu" and not any(has_own_memory(model.decoder.device) for model in here):
         logger.warning(
@@ -117,15 +124,50 @@ def find_template(config: CDRConfig, role: str) -> str | None:
     return own_chat_template(_load_own_tokenizer(config, role, served, sources))
 
 
+def has_template(config: CDRConfig) -> bool:
+    """Return True if one of the pair's models has a chat template. Errors as for `load_pair`."""
+    return any(find_template(config, role) is not None for role in ("strong", "weak"))
+
+
+def _warn_of_open_thoughts(member: Member, role: str) -> None:
+    template = member.encoder.template
+    if template is None or not template.opens_thought or template.thoughts is None:
+        return
+    remedy = "cdr_chat_template_kwargs={'enable_thinking': false}" if template.has_switch else "cdr_chat_template"
+    logger.warning(
+        "The generation prompt of %s (%s) opens a thought (%s). An answer of a data set without %s is read as an "
+        "answer without thoughts; text that a policy writes in training is read as a thought up to %s. If the models are "
+        "to answer without thoughts, set %s.",
+        role,
+        member.lm.name,
+        template.thoughts.tag,
+        template.thoughts.close,
+        template.thoughts.close,
+        remedy,
+    )
+
+
 def _make_member(
-    config: CDRConfig, lm: CausalLM | ServedLM, tokenizer: PreTrainedTokenizerBase, role: str, *, template: str | None
+    config: CDRConfig,
+    lm: CausalLM | ServedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    role: str,
+    *,
+    template: str | None,
+    tools: Sequence[Any] | None = None,
+    today: date | None = None,
 ) -> Member:
+    if today is None and config.cdr_date is not None:
+        today = date.fromisoformat(config.cdr_date)
     encoder = Encoder(
         tokenizer,
         role,
         chat_template=template,
         chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
+        tools=tools,
+        today=today,
         add_special_tokens=config.cdr_add_special_tokens,
+        generation_ends=lm.end_ids,
     )
     if isinstance(lm, CausalLM):
         _check_embeddings(lm, tokenizer, role)

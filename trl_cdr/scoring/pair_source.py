@@ -5,8 +5,10 @@ Scorers share one and take turns at it. `pair_loading` loads.
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..config import CDRConfig, is_served
+from ..config import CDRConfig, choose_template_kwargs, is_served
 from ..errors import ConfigError
 from .offload import Turns
 from .pair import Pair
@@ -39,10 +41,15 @@ class PairSource:
         lock (`RLock`): Held by whoever uses the models.
         turns (`Turns`): Whose weights are awake, where `cdr_offload` puts them to sleep between calls.
         ranks (`Ranks`): The other processes, and whether this one holds the pair.
+        today (`datetime.date`): The date for chat templates that write today's: `cdr_date`, or the day on which the
+            source was made.
     """
 
     def __init__(self, config: CDRConfig, models: dict[str, Any], tokenizers: dict[str, Any]) -> None:
         self.config = config
+        self.today = date.today() if config.cdr_date is None else date.fromisoformat(config.cdr_date)
+        self._template_kwargs: dict[str, Any] | None = config.cdr_chat_template_kwargs  # type: ignore[assignment]
+        self._tools: list[Any] | None = None
         self.lock = threading.RLock()
         self.turns = Turns()
         self.ranks = Ranks(config.cdr_replicas)
@@ -74,6 +81,34 @@ class PairSource:
             with self.lock:
                 self._policy = weakref.ref(policy)
 
+    @property
+    def conversations(self) -> tuple[dict[str, Any] | None, list[Any] | None]:
+        """The variables and the tools with which chat templates are rendered."""
+        return self._template_kwargs, self._tools
+
+    def use_conversations(
+        self, template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None, today: date | None = None
+    ) -> None:
+        """
+        Read conversations as the policy's trainer renders them.
+
+        Args:
+            template_kwargs (`Mapping` or `None`): The trainer's `chat_template_kwargs`.
+            tools (`Sequence` or `None`): The trainer's tools.
+            today (`datetime.date`, *optional*): The date on which the run began. Default: unchanged.
+
+        Raises:
+            ConfigError: the variables differ from `cdr_chat_template_kwargs`.
+        """
+        own: Any = self.config.cdr_chat_template_kwargs
+        chosen = choose_template_kwargs(own, template_kwargs)
+        with self.lock:
+            before = self._template_kwargs, self._tools, self.today
+            self._template_kwargs, self._tools = chosen, list(tools) if tools else None
+            self.today = today or self.today
+            if self._pair is not None and before != (self._template_kwargs, self._tools, self.today):
+                self._pair = self._pair.adapt(self._template_kwargs, self._tools, self.today)
+
     @contextmanager
     def use(self) -> Iterator[None]:
         """Keep the models to this thread, for a call at whose end they may go to sleep."""
@@ -101,7 +136,18 @@ class PairSource:
                         )
                 self.turns.clear()  # of a pair of which one could not be loaded
                 base = None if self._base is None else self._base.model
-                self._pair = load_pair(self.config, **self._models, **self._tokenizers, base=base, turns=self.turns)
+                config = self.config
+                if self._template_kwargs != config.cdr_chat_template_kwargs:
+                    config = replace(config, cdr_chat_template_kwargs=self._template_kwargs)
+                self._pair = load_pair(
+                    config,
+                    **self._models,
+                    **self._tokenizers,
+                    base=base,
+                    turns=self.turns,
+                    tools=self._tools,
+                    today=self.today,
+                )
             return self._pair
 
     def _find_base(self) -> None:
@@ -135,12 +181,14 @@ class PairSource:
             self.turns.clear()
             clear_device_cache(garbage_collection=True)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> tuple[dict[str, Any], date]:
         models = {role: None if isinstance(model, nn.Module) else model for role, model in self._models.items()}
-        return {"config": self.config, "models": models, "tokenizers": self._tokenizers}
+        return {"config": self.config, "models": models, "tokenizers": self._tokenizers}, self.today
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __setstate__(self, state: tuple[dict[str, Any], date]) -> None:
+        arguments, today = state
+        self.__init__(**arguments)  # type: ignore[misc]
+        self.today = today
 
 
 def check_sources(

@@ -5,10 +5,11 @@ Adapters (`training.reward`, the command line) turn scores into what their calle
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,7 @@ from .pair_loading import load_tokenizer
 from .pair_source import PairSource, check_adapters, check_sources
 from .ranks import Ranks
 from .score import Score, score_from_logps
+from .string_prompts import MEANINGS, as_turn, string_meaning
 from .types import Completion, Message, Prompt, Row, Unscorable
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,7 @@ class DensityRatioScorer:
         self._policy: Any = None
         self._policy_ends: frozenset[int] = frozenset()
         self._has_warned = False
+        self._told_meanings: set[str] = set()
         # Of the loaded pair, which it does not keep alive: others who share it may unload it.
         self._reader: tuple[weakref.ref[Pair], CompletionReader] | None = None
 
@@ -130,12 +133,15 @@ class DensityRatioScorer:
         completion_ids: Sequence[Sequence[int]] | None = None,
         finished: Sequence[bool | None] | None = None,
         domains: Sequence[str | None] | None = None,
+        is_generated: Sequence[bool] | None = None,
+        in_trainer: bool = False,
     ) -> list[Score]:
         """
         Score each completion to the prompt of the same index.
 
         Args:
-            prompts (`Sequence`): Strings or conversations (lists of messages).
+            prompts (`Sequence`): Conversations (lists of messages) or strings; `cdr_string_prompts` decides how strings
+                are read.
             completions (`Sequence`): Strings, or lists with one assistant message.
             completion_ids (`Sequence[Sequence[int]]`, *optional*): The tokens that the policy wrote, padded on the
                 right or not. Where they decode to the completion's text under the pair's shared tokenizer they are
@@ -145,6 +151,11 @@ class DensityRatioScorer:
             domains (`Sequence[str | None]`, *optional*): Each prompt's domain; it wins over the router's. `None` leaves
                 a row to the router. One that the criteria do not know is its row's reason. Without criteria, returned
                 as they are.
+            is_generated (`Sequence[bool]`, *optional*): If a model wrote the completion right after the generation
+                prompt, nothing is put between the two. Otherwise it is an answer of a data set, and is put where the
+                chat template puts answers. Default: true for all with `completion_ids`, else false.
+            in_trainer (`bool`, *optional*, defaults to `False`): A trainer asks, whose policy reads string prompts as
+                raw text (for `cdr_string_prompts="auto"`).
 
         Returns:
             `list[Score]`: one for each prompt, in order. A row that can't be scored has `error` set and no value.
@@ -155,15 +166,23 @@ class DensityRatioScorer:
                 `cdr_replicas="node"`, a process that holds no pair (see `together`).
             ModelError: a model can't be loaded or can't serve, or memory does not hold a single row.
         """
-        check_columns(prompts, completions, completion_ids=completion_ids, finished=finished, domains=domains)
+        check_columns(
+            prompts,
+            completions,
+            completion_ids=completion_ids,
+            finished=finished,
+            domains=domains,
+            is_generated=is_generated,
+        )
         ids = None if completion_ids is None else check_ids(completion_ids)
         if len(prompts) == 0:
             return []
         with self._source.use():
             found = self._route(prompts, domains)
-            conditioned, conditionings = self._condition(prompts, found)
             pair, reader = self._load()
-            read = reader.read(completions, ids, finished)
+            prompts = self._read_strings(pair, prompts, completions, in_trainer=in_trainer)
+            conditioned, conditionings = self._condition(prompts, found)
+            read = reader.read(completions, ids, finished, is_generated=is_generated)
             rows = _encode(pair, conditioned, read)
             runnable = [index for index, row in enumerate(rows) if not isinstance(row, Unscorable)]
             # Equal rows are run once: rounding would tell them apart, by their place in a pack.
@@ -271,6 +290,52 @@ class DensityRatioScorer:
         means = {index: [float(next(logps).mean()) for _ in labels] for index in rows}
         return [means.get(index) for index in range(len(texts))]
 
+    def read_prompts(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str | Sequence[Message]] | None = None,
+        *,
+        in_trainer: bool = False,
+    ) -> list[Prompt]:
+        """
+        Return prompts as the pair reads them: strings become a user's turn or stay raw text, see `cdr_string_prompts`.
+        Loads the pair.
+
+        Args:
+            prompts (`Sequence`): Strings or conversations.
+            completions (`Sequence`, *optional*): Their completions. A string whose completion is a message is a turn.
+            in_trainer (`bool`, *optional*, defaults to `False`): See `score`.
+        """
+        with self._source.use():
+            return self._read_strings(self._load()[0], prompts, completions, in_trainer=in_trainer)
+
+    def _read_strings(
+        self,
+        pair: Pair,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str | Sequence[Message]] | None,
+        *,
+        in_trainer: bool,
+    ) -> list[Prompt]:
+        answers = completions or [""] * len(prompts)
+        if not any(isinstance(prompt, str) for prompt in prompts):
+            return list(prompts)
+        meaning = string_meaning(self.config.cdr_string_prompts, has_template=pair.has_template, in_trainer=in_trainer)
+        if meaning not in self._told_meanings:
+            self._told_meanings.add(meaning)
+            logger.log(
+                logging.INFO if in_trainer or self.config.cdr_string_prompts != "auto" else logging.WARNING,
+                "String prompts are read as %s (cdr_string_prompts=%r).",
+                MEANINGS[meaning],
+                self.config.cdr_string_prompts,
+            )
+        return [
+            as_turn(prompt)
+            if isinstance(prompt, str) and (meaning == "user" or not isinstance(answer, str))
+            else prompt
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
     def _condition(
         self, prompts: Sequence[Prompt], domains: Sequence[str | NoDomain | None]
     ) -> tuple[list[Prompt | Unscorable], list[Conditioning | None]]:
@@ -356,11 +421,12 @@ class DensityRatioScorer:
         Returns:
             `dict`: `strong` and `weak` (each `name`, `weights`, `adapter`, `adapter_weights`, `architecture`,
             `parameters`, `weights_mb`, `dtype`, `device`, `prefix_mb`, `work_mb`, `attention`, `way`, `reason`,
-            `max_length` in tokens, `end_of_turn`, `end_tokens`, `chat_template`), `weights_mb`, `shares_vocabulary`,
-            `reads_alike` and `gate`. `weights` is the commit on the Hub or a hash of the folder, `None` for models that
-            were passed as objects, and `adapter_weights` the same of an adapter. MB are 2**20 bytes; in `weights_mb` of
-            the pair what both models stand on counts once;
-            `prefix_mb` is the most that `cdr_prefix_cache_tokens` allows, `work_mb` an estimate for a forward of
+            `max_length` in tokens, `end_of_turn`, `end_tokens`, `chat_template`, `thoughts`, `date`), `weights_mb`,
+            `shares_vocabulary`, `reads_alike`, `gate`, `chat_template_kwargs` (the trainer's, or the config's), `string_prompts` (`"user"` or `"text"`: how strings are read
+            outside trainers) and `date` (that chat templates write, or `None`). `weights` is the commit on the Hub or a
+            hash of the folder, `None` for models that were passed as objects, and `adapter_weights` the same of an
+            adapter. MB are 2**20 bytes; in `weights_mb` of the pair what both models stand on counts once; `prefix_mb`
+            is the most that `cdr_prefix_cache_tokens` allows, `work_mb` an estimate for a forward of
             `cdr_token_budget`. Of a model on servers most is `None`; it has `servers` and `root`, where they have it
             from.
 
@@ -377,6 +443,11 @@ class DensityRatioScorer:
                 "shares_vocabulary": pair.shares_vocabulary,
                 "reads_alike": pair.reads_alike,
                 "gate": self.config.cdr_gate,
+                "chat_template_kwargs": self._source.conversations[0],
+                "string_prompts": string_meaning(self.config.cdr_string_prompts, has_template=pair.has_template),
+                "date": next(
+                    (one for one in (pair.strong.encoder.written_date, pair.weak.encoder.written_date) if one), None
+                ),
             }
 
     def unload(self) -> None:
@@ -414,6 +485,28 @@ class DensityRatioScorer:
             ends = frozenset(end_ids)
             if policy is not self._policy or ends != self._policy_ends:
                 self._policy, self._policy_ends, self._reader = policy, ends, None
+
+    @property
+    def today(self) -> date:
+        """The date for chat templates that write today's date."""
+        return self._source.today
+
+    def use_date(self, today: date) -> None:
+        """Render chat templates with this date from now on."""
+        self._source.use_conversations(*self._source.conversations, today)
+
+    def use_conversations(self, template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None) -> None:
+        """
+        Render conversations as a trainer renders the policy's prompts.
+
+        Args:
+            template_kwargs (`Mapping` or `None`): The trainer's `chat_template_kwargs`.
+            tools (`Sequence` or `None`): The trainer's tools: functions or JSON schemas.
+
+        Raises:
+            ConfigError: the variables differ from `cdr_chat_template_kwargs`.
+        """
+        self._source.use_conversations(template_kwargs, tools)
 
     def use_policy(self, policy: nn.Module) -> None:
         """

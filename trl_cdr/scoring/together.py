@@ -5,6 +5,7 @@ TRL's trainers ask their reward functions on every process in every step, and ga
 """
 
 from collections.abc import Sequence
+from datetime import date
 from itertools import islice
 from typing import Any
 
@@ -29,6 +30,9 @@ def load_together(scorer: DensityRatioScorer) -> None:
             processes; which of them are of one machine can't be told.
     """
     if not scorer.ranks.have_met:
+        # Processes that start around midnight: the first one's date is everyone's.
+        first = int(scorer.ranks.lowest(scorer.today.toordinal()))
+        scorer.use_date(date.fromordinal(first))
         scorer.ranks.meet(lambda: _weights(scorer))
     elif scorer.ranks.holds_pair:
         scorer.load()
@@ -43,8 +47,8 @@ def score_together(
     domains: Sequence[str | None] | None = None,
 ) -> list[Score]:
     """
-    `DensityRatioScorer.score` for this process's rows, of which there may be none. With one pair a machine they are
-    scored with its other processes' rows, in one call.
+    `DensityRatioScorer.score` for this process's rows in a trainer, of which there may be none. With one pair a machine
+    they are scored with its other processes' rows, in one call.
 
     Raises:
         InputError, ConfigError, ModelError: as `DensityRatioScorer.score` and `load_together`; with one pair a machine,
@@ -53,7 +57,14 @@ def score_together(
     if not scorer.ranks.have_met:
         load_together(scorer)
     if scorer.ranks.node is None:
-        return scorer.score(prompts, completions, completion_ids=completion_ids, domains=domains)
+        return scorer.score(
+            prompts,
+            completions,
+            completion_ids=completion_ids,
+            domains=domains,
+            is_generated=[True] * len(prompts),
+            in_trainer=True,
+        )
 
     def read() -> Columns:
         check_columns(prompts, completions, completion_ids=completion_ids, domains=domains)
@@ -68,7 +79,14 @@ def _score_parts(scorer: DensityRatioScorer, parts: list[Columns]) -> list[list[
     """One call for all rows, so that what they share is run once."""
     rows = join_columns(parts)
     scores = iter(
-        scorer.score(rows.prompts, rows.completions, completion_ids=rows.completion_ids, domains=rows.domains)
+        scorer.score(
+            rows.prompts,
+            rows.completions,
+            completion_ids=rows.completion_ids,
+            domains=rows.domains,
+            is_generated=[True] * len(rows.prompts),
+            in_trainer=True,
+        )
     )
     return [list(islice(scores, len(part.prompts))) for part in parts]
 

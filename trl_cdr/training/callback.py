@@ -15,11 +15,11 @@ from transformers import DefaultFlowCallback, TrainerControl, TrainerState, Trai
 from .. import _compat
 from ..errors import ConfigError
 from ..scoring.together import load_together
-from .checks import check_domains, check_name, check_policy, trainer_datasets
+from .checks import check_domains, check_name, check_policy, compare_prompts, trainer_datasets
 from .completions_table import table_rows, write_table
 from .gaming_watch import GamingWatch
 from .metrics import Call, Sums, add_sums, call_sums, domain_sums, means
-from .provenance import ProvenanceCallback
+from .provenance import ProvenanceCallback, resume_date
 from .reward import CDRReward
 
 
@@ -68,7 +68,7 @@ class CDRCallback(ProvenanceCallback):
         self._trainer = trainer
         self._log_completions = log_completions
         self._watch = GamingWatch(reward)
-        self._is_online_dpo = False
+        self._is_online_dpo = self._has_compared = False
         # What this process has gathered since the last log, and, over all processes, what the next log gets.
         self._sums: Sums = {}
         self._rows: list[dict[str, Any]] = []
@@ -82,6 +82,9 @@ class CDRCallback(ProvenanceCallback):
         if kwargs.get("processing_class") is not None:
             ends = _compat.generation_ends(self._trainer)
             self.reward.scorer.use_policy_tokenizer(kwargs["processing_class"], end_ids=ends)
+        variables, tools = _compat.conversation_arguments(self._trainer)
+        self.reward.scorer.use_conversations(variables or getattr(args, "chat_template_kwargs", None), tools)
+        resume_date(self.reward, args, state)
         if self._trainer is not None and self.reward.config.cdr_share_policy:
             self.reward.attach(self._trainer)
         elif kwargs.get("model") is not None:
@@ -155,6 +158,9 @@ class CDRCallback(ProvenanceCallback):
         handler.callbacks = [*others[:place], self, *others[place:]]
 
     def _observe(self, call: Call) -> None:
+        if self._is_online_dpo and not self._has_compared:  # in other trainers the reward does it
+            self._has_compared = True
+            compare_prompts(self.reward.__name__, self.reward.scorer, self._trainer, call.prompts)
         self._sums = add_sums(self._sums, {"step_share": (call.seconds, 0.0)})
         if not self._trainer.model.training:
             return  # an evaluation's

@@ -1,6 +1,7 @@
-"""What is checked when a reward and its trainer meet, before anything is scored: names, the policy, domains."""
+"""Checks when a reward and its trainer meet, before anything is scored: names, the policy, domains, prompts."""
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -8,6 +9,14 @@ from torch import nn
 from .. import _compat
 from ..conditioning.router import Router
 from ..errors import ConfigError
+from ..scoring.encoding import Encoder, vocabulary_hash
+from ..scoring.scorer import DensityRatioScorer
+from ..scoring.types import Prompt, Unscorable
+
+logger = logging.getLogger(__name__)
+
+_COMPARED = 64  # prompts of a batch
+_CONTEXT = 12  # tokens before and after a difference
 
 
 def check_name(name: str, trainer: Any) -> None:
@@ -67,6 +76,65 @@ def check_domains(router: Router | None, datasets: Mapping[str, Any]) -> None:
         columns = getattr(dataset, "column_names", None)
         if isinstance(columns, list):
             router.check_column(columns, _values(dataset, router.column), where=where)
+
+
+def compare_prompts(name: str, scorer: DensityRatioScorer, trainer: Any, prompts: Sequence[Prompt]) -> None:
+    """
+    Compare the prompts that the pair scores after with the prompts that the policy wrote after, token by token. Log one
+    warning if they differ. A model with another tokenizer than the policy's can't be compared.
+
+    Args:
+        name (`str`): The reward's.
+        scorer (`DensityRatioScorer`): The reward's. Criteria, which the policy does not see, are left out.
+        trainer (`Trainer`): The policy's.
+        prompts (`Sequence`): Prompts of a batch; the first 64 are compared.
+    """
+    if not scorer.ranks.holds_pair or not prompts:
+        return
+    prompts = list(prompts)
+    expected = _compat.policy_prompt_ids(trainer, prompts)
+    tokenizer = _compat.inner_tokenizer(trainer.processing_class)
+    if expected is None or len(expected) != len(prompts):
+        return
+    with scorer.use() as pair:
+        vocabulary = vocabulary_hash(tokenizer)
+        members = {"strong": pair.strong} if pair.reads_alike else {"strong": pair.strong, "weak": pair.weak}
+        read = scorer.read_prompts(prompts, in_trainer=True)
+        differences = []
+        for role, member in members.items():
+            if vocabulary_hash(member.encoder.tokenizer) != vocabulary:
+                continue
+            for prompt, policy_ids in zip(read[:_COMPARED], expected, strict=False):
+                difference = _describe_difference(member.encoder, role, prompt, policy_ids)
+                if difference is not None:
+                    differences.append(difference)
+                    break
+    if differences:
+        logger.warning(
+            "%s scores completions after other prompts than the policy's. %s Set cdr_chat_template, "
+            "cdr_chat_template_kwargs, cdr_date or cdr_add_special_tokens so that both are equal.",
+            name,
+            " ".join(differences),
+        )
+
+
+def _describe_difference(encoder: Encoder, role: str, prompt: Prompt, policy_ids: list[int]) -> str | None:
+    """Where the tokens of a prompt differ from the policy's; `None` if they are equal, or the prompt has no tokens."""
+    try:
+        ids = encoder.prompt_ids(prompt)
+    except Unscorable:
+        return None
+    if list(ids) == policy_ids:
+        return None
+    shared = 0
+    while shared < min(len(ids), len(policy_ids)) and ids[shared] == policy_ids[shared]:
+        shared += 1
+    start = max(0, shared - _CONTEXT)
+    theirs, own = (encoder.tokenizer.decode(part[start : shared + _CONTEXT]) for part in (policy_ids, list(ids)))
+    return (
+        f"From token {shared} on the policy reads {theirs!r} ({len(policy_ids)} tokens in all), and {role} reads {own!r} "
+        f"({len(ids)} tokens)."
+    )
 
 
 def trainer_datasets(trainer: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .._compat import register_pairwise_judge
+from .._compat import has_judges, register_pairwise_judge
 from ..conditioning.router import COLUMN
 from ..config import CDRConfig
 from ..errors import ConfigError, InputError, UnscorableError
@@ -172,8 +172,12 @@ class CDRJudge:
         """The reward of each completion of each prompt, nats; `None` where it can't be scored."""
         read = [read_rendered(prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
         places = [(row, index) for row, (_, group) in enumerate(read) for index in range(len(group))]
+        in_trainer = has_judges()  # trainers of TRL 1.0 ask it about their policy's texts
         found = self.reward.scorer.score(
-            [read[row][0] for row, _ in places], [read[row][1][index] for row, index in places]
+            [read[row][0] for row, _ in places],
+            [read[row][1][index] for row, index in places],
+            is_generated=[in_trainer] * len(places),
+            in_trainer=in_trainer,
         )
         scores = dict(zip(places, found, strict=True))
         unscorable = [place for place in places if scores[place].error is not None]

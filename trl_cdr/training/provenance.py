@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,27 @@ class ProvenanceCallback(TrainerCallback):  # type: ignore[misc]
             logger.warning("%s does not say how the model was labelled: %s.", card, error)
 
 
+def resume_date(reward: "CDRReward", args: TrainingArguments, state: TrainerState) -> None:
+    """
+    Render chat templates with the date on which a resumed run began, which its checkpoint records.
+
+    Args:
+        reward (`CDRReward`): Nothing happens if its `cdr_date` is set.
+        args (`TrainingArguments`), state (`TrainerState`): The trainer's. At step 0 a run begins.
+    """
+    if reward.config.cdr_date is not None or not state.global_step:
+        return
+    path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / PROVENANCE
+    try:
+        first = json.loads(path.read_text(encoding="utf-8"))
+        records = [first, *first.get("others", [])]
+        recorded = next(record.get("date") for record in records if record["name"] == reward.__name__)
+    except (OSError, ValueError, LookupError, StopIteration):
+        return
+    if recorded is not None:
+        reward.scorer.use_date(date.fromisoformat(recorded))
+
+
 def provenance(reward: "CDRReward") -> dict[str, Any]:
     """What labelled: the reward's options, which weights its models had, its criteria, the versions."""
     criteria = reward.scorer.criteria
@@ -124,6 +146,8 @@ def provenance(reward: "CDRReward") -> dict[str, Any]:
             for role in ("strong", "weak")
         },
         "criteria_sha256": None if criteria is None else criteria.digest,
+        "chat_template_kwargs": described["chat_template_kwargs"],
+        "date": described["date"],
         "versions": _compat.versions(),
     }
 

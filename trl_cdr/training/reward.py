@@ -23,9 +23,9 @@ from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
 from ..scoring.together import load_together, score_together
 from ..scoring.types import Message, Prompt
-from .checks import check_domains, check_name, check_policy, trainer_datasets
+from .checks import check_domains, check_name, check_policy, compare_prompts, trainer_datasets
 from .metrics import Call, call_metrics
-from .provenance import ProvenanceCallback
+from .provenance import ProvenanceCallback, resume_date
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class CDRReward:
         """
         trainer = _compat.trainer_behind(log_metric)
         if trainer is not None:
-            self._meet(trainer)
+            self._meet(trainer, prompts)
         started, moved = time.perf_counter(), self.scorer.moving_seconds
         domains = None if self.scorer.router is None else self.scorer.router.read_column(columns)
         is_trainers = trainer is not None or "trainer_state" in columns  # then every process calls
@@ -241,7 +241,7 @@ class CDRReward:
         """What `_compat.cdr_reward` knows it by."""
         return self
 
-    def _meet(self, trainer: Any) -> None:
+    def _meet(self, trainer: Any, prompts: Sequence[Prompt]) -> None:
         """Once for each trainer, on every process: check what it brings, learn its tokenizer, leave the record."""
         if self._met is not None and self._met() is trainer:
             return
@@ -249,6 +249,8 @@ class CDRReward:
         check_policy(self.__name__, trainer.model, self.scorer.modules())
         check_domains(self.scorer.router, trainer_datasets(trainer))
         self.scorer.use_policy_tokenizer(trainer.processing_class, end_ids=_compat.generation_ends(trainer))
+        self.scorer.use_conversations(*_compat.conversation_arguments(trainer))
+        resume_date(self, trainer.args, trainer.state)
         if self.config.cdr_share_policy:
             self.attach(trainer)
         load_together(self.scorer)
@@ -257,6 +259,7 @@ class CDRReward:
             keepers.append(ProvenanceCallback(self))
             trainer.add_callback(keepers[0])
         keepers[0].join(trainer)
+        compare_prompts(self.__name__, self.scorer, trainer, prompts)
         self._met = weakref.ref(trainer)
 
     def _on_unscorable(self, trainer: Any) -> str:
