@@ -188,7 +188,8 @@ def test_config_file(arguments, tmp_path):
 
 
 def test_help_and_version(capsys):
-    for arguments in (["--help"], ["demo", "--help"], ["score", "--help"], ["bench", "--help"], ["doctor", "--help"]):
+    commands = ("demo", "score", "show", "bench", "doctor")
+    for arguments in (["--help"], *([command, "--help"] for command in commands)):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 0

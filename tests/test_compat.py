@@ -58,7 +58,8 @@ def fixed_pair():
 
 def test_scores_are_the_same_everywhere(fixed_pair):
     tokenizer = byte_tokenizer()
-    scorer = DensityRatioScorer(*fixed_pair, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer, gate="typicality")
+    tokenizers = {"strong_tokenizer": tokenizer, "weak_tokenizer": tokenizer}
+    scorer = DensityRatioScorer(*fixed_pair, **tokenizers, gate="typicality", string_prompts="text")
     prompts = [chat("hello"), chat("hello"), "the quick brown", chat("system:be quick", "what", "this", "and that")]
     scores = scorer.score(prompts, ["world", "é 日本", " fox", "jumps over"], finished=[True, False, True, True])
     found = [(score.value, score.strong_logps, score.weak_logps, score.typicality) for score in scores]

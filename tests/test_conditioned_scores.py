@@ -33,9 +33,14 @@ def test_conditioned_scores_equal_the_naive_reference(long_pair, tokenizer, styl
     strong, weak = long_pair[0], llama(len(weak_tokenizer), seed=1, positions=1024)
     prompts = PROMPTS if style == "inline" else [prompt for prompt in PROMPTS if not isinstance(prompt, str)]
     rows = [(p, c, d) for p, c in zip(prompts, COMPLETIONS, strict=False) for d in CRITERIA.domains]
-    options = {"criteria": CRITERIA, "exemplar_style": style, "gate": "surprise"}
+    options = {"criteria": CRITERIA, "exemplar_style": style, "gate": "surprise", "string_prompts": "text"}
     scorer = make(DensityRatioScorer, strong, weak, tokenizer, weak_tokenizer, **options)
-    scores = scorer.score([row[0] for row in rows], [row[1] for row in rows], domains=[row[2] for row in rows])
+    scores = scorer.score(
+        [row[0] for row in rows],
+        [row[1] for row in rows],
+        domains=[row[2] for row in rows],
+        is_generated=[True] * len(rows),
+    )
     assert [score.error for score in scores] == [None] * len(rows)
     assert [score.domain for score in scores] == [row[2] for row in rows]
     for (prompt, completion, domain), score in zip(rows, scores, strict=True):

@@ -29,6 +29,8 @@ NAMES = {
     "cdr_reduction": "sum",
     "cdr_chat_template": None,
     "cdr_chat_template_kwargs": None,
+    "cdr_string_prompts": "auto",
+    "cdr_date": None,
     "cdr_policy_tokenizer": None,
     "cdr_add_special_tokens": "auto",
     "cdr_max_length": None,

@@ -10,7 +10,7 @@ from trl_cdr import ConfigError, Criteria, DensityRatioScorer, DomainCriteria
 from trl_cdr.annotation.passes import Entry, Passes, Text, cache_folder, find_models
 from trl_cdr.config import CDRConfig
 
-PROMPTS = [chat("hello"), chat("what is this"), "over the"]
+PROMPTS = [chat("hello"), chat("what is this"), chat("over the")]
 COMPLETIONS = ["a dog and that", "the fox jumps over", " lazy dog"]
 TEXTS = [Text(prompt, completion) for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
 

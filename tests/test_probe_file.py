@@ -67,6 +67,7 @@ def test_a_narrow_terminal_cuts_off_no_share(monkeypatch, tmp_path, capsys):
         "gate": "surprise",
         "prompts": 3,
         "left_out": {"a reason": 2},
+        "string_prompts": {"user": 2},
         "honest": {"completions": 3, **honest},
         "attacks": {"twice": gates},
         "win": {"mean": 1.0, "worst": 1.0, "attack": "twice"},

@@ -309,7 +309,7 @@ def test_who_else_calls_gets_the_floor(reward, tmp_path, tokenizer):
         return [value / 2 for value in reward(prompts, completions, **kwargs)]
 
     rows = {"prompts": ["hello"] * 2, "completions": ["a", None]}
-    [value, floor] = reward(**rows)
+    [value, floor] = reward(**rows, trainer_state=None)  # a trainer's call: strings are raw text
     assert floor == value - 1
     assert call(Unknown, reward) == [value, floor]
     assert call(GRPOTrainer, halved) == [value, floor]

@@ -36,6 +36,8 @@ WORDS = [
 
 
 def make_scorer(strong, weak, tokenizer, **options):
+    """Strings are raw text, as in a trainer."""
+    options = {"string_prompts": "text"} | options
     return DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer, **options)
 
 
@@ -84,7 +86,7 @@ def test_ids_path_equals_the_naive_reference(strong, weak, pad):
         )
         padding = [tokenizer.pad_token_id] * rng.randrange(6) if finished or pad == "<|pad|>" else []
         prompts.append(prompt)
-        completions.append(text if rng.random() < 0.5 else answer(text))
+        completions.append(text if isinstance(prompt, str) or rng.random() < 0.5 else answer(text))
         ids.append(wrote + padding)
     scores = make_scorer(strong, weak, tokenizer).score(prompts, completions, completion_ids=ids)
     assert [score.error for score in scores] == [None] * len(scores)
@@ -112,8 +114,10 @@ def test_text_path_equals_the_naive_reference(strong, tokenizer, shared):
             bos = [own.bos_token_id] if isinstance(prompt, str) and not shared and own is weak_tokenizer else []
             sums.append(float(completion_logps(model, bos + prompt_ids, ids).sum()))
         expected.append(sums[0] - sums[1])
-    scorer = DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=weak_tokenizer)
-    scores = scorer.score(prompts, completions, finished=finished)
+    scorer = DensityRatioScorer(
+        strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=weak_tokenizer, string_prompts="text"
+    )
+    scores = scorer.score(prompts, completions, finished=finished, is_generated=[True] * len(prompts))
     assert [score.error for score in scores] == [None] * len(scores)
     torch.testing.assert_close([score.value for score in scores], expected, rtol=0, atol=1e-4)
     assert [score.finished for score in scores] == finished
@@ -438,7 +442,7 @@ def test_a_policy_with_another_vocabulary_never_takes_the_ids_path(strong, weak,
 def test_thinking_text_is_scored_as_written(strong, weak, tokenizer):
     scorer = make_scorer(strong, weak, tokenizer, chat_template_kwargs={"enable_thinking": False})
     text = "<think>\nwhat is this\n</think>\n\nhello"
-    [score] = scorer.score([chat("hello")], [text])
+    [score] = scorer.score([chat("hello")], [text], is_generated=[True])
     rendered = render(tokenizer, chat("hello"), enable_thinking=False)
     assert rendered.endswith("</think>\n\n")
     prompt_ids, ids = split_text(tokenizer, rendered, text, tokenizer.eos_token)
@@ -581,7 +585,7 @@ def test_a_pair_that_reads_alike_encodes_each_row_once(strong, weak, tokenizer, 
     assert len(encoded) == len(prompts)
     encoded.clear()
     other = byte_tokenizer(bos=True)  # the same vocabulary, but string prompts are read with BOS
-    scorer = DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=other)
+    scorer = DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=other, string_prompts="text")
     scores = scorer.score(prompts, completions)
     assert len(encoded) == 2 * len(prompts)
     same = torch.tensor([not isinstance(prompt, str) for prompt in prompts])

@@ -18,7 +18,7 @@ from trl_cdr.annotation.passes import Passes
 from trl_cdr.annotation.rank_pairs import RankOptions, rank_pairs
 from trl_cdr.doctor import examine, print_examination
 
-SERVED = {"gate": "none"}
+SERVED = {"gate": "none", "string_prompts": "text"}
 CRITERIA = Criteria(
     {
         "short": DomainCriteria(instruction="A good completion is short, and says what it says once and no more."),

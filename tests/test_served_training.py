@@ -79,7 +79,7 @@ def test_an_awaited_reward_is_the_same_beside_another_at_once(name, tmp_path, ch
     trainer.add_callback(CDRCallback(reward, trainer))
     trainer.train()
     logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
-    expected = here(*calls[0])
+    expected = here(*calls[0], trainer_state=trainer.state)  # strings are raw text in a trainer
     assert len(calls) == 1
     assert logged["rewards/cdr_reward/mean"] == pytest.approx(sum(expected) / len(expected), abs=1e-3)
     assert "cdr/gated" in logged

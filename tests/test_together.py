@@ -17,7 +17,7 @@ NODE = (4, "node", ("online_dpo", "grpo"))
 
 def test_one_process_has_nobody_to_wait_for(checkpoints):
     """With either way to hold the pair; and it is not loaded before there is something to score."""
-    plain = DensityRatioScorer(**checkpoints).score(["a", "b"], ["c", "d"])
+    plain = DensityRatioScorer(**checkpoints).score(["a", "b"], ["c", "d"], in_trainer=True)
     for replicas in ("rank", "node"):
         scorer = DensityRatioScorer(**checkpoints, replicas=replicas)
         assert score_together(scorer, [], []) == []

@@ -9,6 +9,16 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
     "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+# A last answer gets thoughts, empty ones if it has none; tools are written before the conversation.
+THINKING = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+    "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+# Today's date before the conversation, as templates of Llama 3 and SmolLM3 have it.
+DATED = "{% if strftime_now is defined %}Today is {{ strftime_now('%d %B %Y') }}.\n{% endif %}" + CHATML
 # No system role, turns in brackets of plain text, a space before the completion, </s> as the end of a turn.
 BRACKETS = (
     "{{ bos_token }}{% for m in messages %}"

@@ -19,6 +19,7 @@ _COMMANDS = {
     "demo": "build a tiny strong/weak pair and train a policy on its labels, offline, in about two minutes",
     "train": "train a policy on the pair's labels: GRPO, RLOO, online DPO, SimPO; from YAML or arguments",
     "score": "score prompts and completions: a file, a folder or a data set",
+    "show": "print the text that each model of a pair reads, with token counts and the score: when a score looks wrong",
     "annotate": "make a preference data set: completions to prompts, scored, the chosen and the rejected of them",
     "evaluate": "count how often a pair prefers the better completion, on preference sets, beside other judges",
     "rank-pairs": "run each of several models once, and rank every pair of them",
@@ -68,6 +69,10 @@ _EVALUATE_EXAMPLES = (
     "trl-cdr evaluate --cdr_strong STRONG --cdr_weak WEAK --data allenai/reward-bench",
     "trl-cdr evaluate --selftest        # the rules of RewardBench on values made up for them",
 )
+_SHOW_EXAMPLES = (
+    'trl-cdr show --cdr_strong STRONG --cdr_weak WEAK --prompt "What is 2 + 2?" --completion "4"',
+    """trl-cdr show --config run.yaml --completion "4" --prompt '[{"role": "user", "content": "What is 2 + 2?"}]'""",
+)
 _TRAIN_EXAMPLES = (
     "trl-cdr train --config run.yaml --max_steps 200",
     "accelerate launch -m trl_cdr train --config run.yaml        # one process for each GPU",
@@ -105,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not {"", os.getcwd()} & set(sys.path):  # functions that options name by dotted path, as under python -m
         sys.path.append(os.getcwd())
     try:
-        runs = (_demo, _train, _score, _annotate, _evaluate, _rank_pairs, _probe, _audit, _rounds, _bench, _doctor)
+        runs = [_demo, _train, _score, _show, _annotate, _evaluate, _rank_pairs]
+        runs += [_probe, _audit, _rounds, _bench, _doctor]
         {run.__name__.removeprefix("_").replace("_", "-"): run for run in runs}[command.command](rest)
     except CDRError as error:
         print(f"trl-cdr {command.command}: {error}", file=sys.stderr)
@@ -168,6 +174,22 @@ def _score(argv: list[str]) -> None:
     from .annotation.score_file import ScoreArguments, score_file
 
     score_file(*_parse_with_pair("score", "what to score", ScoreArguments, argv))
+
+
+def _show(argv: list[str]) -> None:
+    from .config import CDRConfig
+    from .scoring.scorer import DensityRatioScorer
+    from .scoring.show import ShowArguments, parse_prompt
+
+    groups = (Group("the row", ShowArguments), Group("the pair and its reward", CDRConfig))
+    arguments, config = _parse("show", groups, argv, examples=_SHOW_EXAMPLES)
+    DensityRatioScorer.from_config(config).show(
+        parse_prompt(arguments.prompt),
+        arguments.completion,
+        domain=arguments.domain,
+        finished=not arguments.cut_off,
+        is_generated=arguments.generated,
+    )
 
 
 def _annotate(argv: list[str]) -> None:

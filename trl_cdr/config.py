@@ -3,10 +3,12 @@
 Neighbours: `scoring.scorer` and `training.reward` take the same options as keyword arguments without the prefix.
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -123,22 +125,20 @@ class CDRConfig:
         default=None,
         metadata={
             "help": "Variables for the chat template (enable_thinking, ...), a mapping or a JSON string. Default: the "
-            "trainer's chat_template_kwargs."
+            "trainer's."
         },
     )
     cdr_string_prompts: Literal["auto", "user", "text"] = field(
         default="auto",
         metadata={
-            "help": "How a prompt that is a string is read. user: as a user's turn; text: as raw text, without a chat "
-            "template; auto: text in a trainer, else user if there is a chat template. If the completion is a message, "
-            "the prompt is always a user's turn."
+            "help": "Read a prompt that is a string as a user's turn (user) or as raw text (text). auto: text in a "
+            "trainer, else user if there is a chat template."
         },
     )
     cdr_date: str | None = field(
         default=None,
         metadata={
-            "help": "The date (YYYY-MM-DD) for chat templates that write today's date. Default: the day on which the "
-            "run began. It is recorded, and a resumed run uses it again."
+            "help": "Date (YYYY-MM-DD) for chat templates that write today's. Default: the day on which the run began."
         },
     )
     cdr_policy_tokenizer: str | None = field(
@@ -345,6 +345,21 @@ def choose_template_kwargs(own: Mapping[str, Any] | None, trainers: Mapping[str,
             "equal."
         )
     return dict(own or trainers or {}) or None
+
+
+def with_date(config: CDRConfig, today: str | None = None) -> CDRConfig:
+    """
+    Return the options with a date for chat templates that write today's.
+
+    Args:
+        config (`CDRConfig`): Returned unchanged if it has a date.
+        today (`str`, *optional*): The date, as `YYYY-MM-DD`. Default: the clock's.
+    """
+    if config.cdr_date is not None:
+        return config
+    dated = copy.copy(config)
+    dated.cdr_date = today or date.today().isoformat()
+    return dated
 
 
 def is_served(name: str) -> bool:

@@ -8,6 +8,7 @@ scores, selects (`groups`, which is pure), and writes shards that `load_dataset`
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 from datasets import Dataset
@@ -15,15 +16,18 @@ from datasets import Dataset
 from ..config import CDRConfig
 from ..errors import ConfigError
 from ..scoring.pair import Member
+from ..scoring.pair_loading import has_template
 from ..scoring.rewards import rewards_from_scores
 from ..scoring.scorer import DensityRatioScorer
 from ..scoring.sources import find_model
+from ..scoring.string_prompts import string_meaning
 from ..scoring.types import Completion, Prompt
 from .annotate_report import show, summarise
-from .groups import SCHEMA, Strategy, check_group, label_group, read_group
+from .groups import SCHEMA, TEXT_SCHEMA, Strategy, check_group, label_group, read_group
 from .pair_options import check_router, known_options, loaded_options, row_domains
 from .pipeline import Job, RunArguments, open_input, run
 from .reader import BadRow, Row
+from .score_folder import fix_date
 from .server import Server
 from .shards import Labelled
 from .writers import load_policy, write
@@ -130,13 +134,18 @@ def annotate(arguments: AnnotateArguments, config: CDRConfig, *, data: Dataset |
         ModelError: see `DensityRatioScorer`; or the policy can't be loaded, or its server fails.
     """
     source = open_input(arguments, data)
-    scorer = DensityRatioScorer.from_config(config)
+    scorer = DensityRatioScorer.from_config(fix_date(config, Path(arguments.output_dir)))
     check_router(scorer, source)
-    job = make_job(arguments, scorer, options=known_options(scorer))
+    is_text = config.cdr_string_prompts == "text"
+    if config.cdr_string_prompts == "auto":
+        is_text = string_meaning("auto", has_template=has_template(config)) == "text"
+    job = make_job(arguments, scorer, options=known_options(scorer), is_text=is_text)
     return run(arguments, source, job)
 
 
-def make_job(arguments: AnnotateArguments, scorer: DensityRatioScorer, *, options: Mapping[str, Any]) -> Job:
+def make_job(
+    arguments: AnnotateArguments, scorer: DensityRatioScorer, *, options: Mapping[str, Any], is_text: bool = False
+) -> Job:
     """
     What annotating is to the pipeline.
 
@@ -144,6 +153,8 @@ def make_job(arguments: AnnotateArguments, scorer: DensityRatioScorer, *, option
         arguments (`AnnotateArguments`): Policy and selection.
         scorer (`DensityRatioScorer`): What scores.
         options (`Mapping`): What its scores depend on.
+        is_text (`bool`, *optional*, defaults to `False`): Prompts are raw text, and pairs are strings: TRL's standard
+            format.
 
     Raises:
         ConfigError: see `Server`.
@@ -153,10 +164,10 @@ def make_job(arguments: AnnotateArguments, scorer: DensityRatioScorer, *, option
     return Job(
         command="annotate",
         options={**options, **policy.identify(), **{name: getattr(arguments, name) for name in _DECIDES}},
-        check=partial(check_group, can_write=arguments.policy is not None),
-        schema=lambda: SCHEMA,
+        check=partial(check_group, can_write=arguments.policy is not None, is_text=is_text),
+        schema=lambda: TEXT_SCHEMA if is_text else SCHEMA,
         load=lambda: loaded_options(scorer),
-        label=partial(label_rows, arguments=arguments, scorer=scorer, writer=policy),
+        label=partial(label_rows, arguments=arguments, scorer=scorer, writer=policy, is_text=is_text),
         summarise=summarise,
         show=show,
         about=_ABOUT,
@@ -223,7 +234,12 @@ class Policy:
 
 
 def label_rows(
-    rows: Sequence[Row], *, arguments: AnnotateArguments, scorer: DensityRatioScorer, writer: Writer
+    rows: Sequence[Row],
+    *,
+    arguments: AnnotateArguments,
+    scorer: DensityRatioScorer,
+    writer: Writer,
+    is_text: bool = False,
 ) -> Labelled:
     """
     Rows -> their pairs. What a row gets does not depend on the rows beside it, but for rounding.
@@ -233,9 +249,10 @@ def label_rows(
         arguments (`AnnotateArguments`): How pairs are chosen.
         scorer (`DensityRatioScorer`): What scores.
         writer (`Writer`): Writes completions where there are none.
+        is_text (`bool`, *optional*, defaults to `False`): See `make_job`.
     """
     labelled = Labelled()
-    read = [read_group(row.fields) for row in rows]
+    read = [read_group(row.fields, is_text=is_text) for row in rows]
     bare = [place for place, (_, completions) in enumerate(read) if completions is None]
     written: dict[int, list[Completion]] = {}
     if bare:
@@ -256,6 +273,7 @@ def label_rows(
             [prompt for _, prompt, _ in flat],
             [one.text for _, _, one in flat],
             finished=[one.finished for _, _, one in flat],
+            is_generated=[one.is_generated for _, _, one in flat],
             domains=row_domains(scorer, [row for row, _, _ in flat]),
         )
     )

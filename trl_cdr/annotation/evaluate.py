@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import CDRConfig
+from ..config import CDRConfig, with_date
 from ..errors import InputError
 from .accuracy import Choices, Values, average, credits, without_length
 from .baseline import compare_rows
@@ -78,6 +78,7 @@ def evaluate(
         ConfigError, ModelError: see `DensityRatioScorer`.
     """
     refuse_what_needs_a_trainer(config)
+    config = with_date(config)  # one date for all pairs
     passes = passes or Passes()
     configs = [config, *(_other_pair(config, *pair) for pair in pairs)]
     # Pair by pair: a model without a template reads its own partner's.

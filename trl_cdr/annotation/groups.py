@@ -12,39 +12,41 @@ from ..scoring.completions import read_completion
 from ..scoring.encoding import read_text
 from ..scoring.score import Score
 from ..scoring.selection import Pair, select_all_pairs, select_pair
-from ..scoring.types import Completion, Message, Unscorable, shorten
+from ..scoring.string_prompts import as_turn
+from ..scoring.types import Completion, Message, Prompt, Unscorable, shorten
 from .shards import Labelled, add_counts
 
 Strategy = Literal["best_worst", "best_random", "all_pairs"]
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-SCHEMA = pa.schema(
-    [
-        *((name, _MESSAGES) for name in ("prompt", "chosen", "rejected")),
-        *((name, pa.float64()) for name in ("score_chosen", "score_rejected", "margin")),  # nats
-        *((name, pa.int32()) for name in ("chosen_index", "rejected_index")),  # into the lists that follow
-        *((name, pa.list_(pa.float64())) for name in ("scores", "rewards")),  # of all completions, nats; null: no score
-        *((name, pa.list_(pa.bool_())) for name in ("gated", "finished")),
-        ("n_tokens", pa.list_(pa.int32())),
-        ("domain", pa.string()),
-        ("row", pa.int64()),  # of the input
-    ]
-)
+_FIELDS = [
+    *((name, pa.float64()) for name in ("score_chosen", "score_rejected", "margin")),  # nats
+    *((name, pa.int32()) for name in ("chosen_index", "rejected_index")),  # into the lists that follow
+    *((name, pa.list_(pa.float64())) for name in ("scores", "rewards")),  # of all completions, nats; null: no score
+    *((name, pa.list_(pa.bool_())) for name in ("gated", "finished")),
+    ("n_tokens", pa.list_(pa.int32())),
+    ("domain", pa.string()),
+    ("row", pa.int64()),  # of the input
+]
+SCHEMA = pa.schema([*((name, _MESSAGES) for name in ("prompt", "chosen", "rejected")), *_FIELDS])
 """What is written: TRL's conversational preference format, and what stands behind the choice."""
+TEXT_SCHEMA = pa.schema([*((name, pa.string()) for name in ("prompt", "chosen", "rejected")), *_FIELDS])
+"""The same in TRL's standard format, for prompts that are raw text."""
 
 _NO_DRAW = random.Random(0)  # `best_worst` draws nothing
 
 
-def check_group(fields: Mapping[str, Any], *, can_write: bool) -> str | None:
+def check_group(fields: Mapping[str, Any], *, can_write: bool, is_text: bool = False) -> str | None:
     """
     What is wrong with a row of the input, or None; see `read_group`.
 
     Args:
         fields (`Mapping`): What the row holds.
         can_write (`bool`): There is a policy for rows without completions.
+        is_text (`bool`, *optional*, defaults to `False`): Prompts are raw text.
     """
     try:
-        _, completions = read_group(fields)
+        _, completions = read_group(fields, is_text=is_text)
     except Unscorable as reason:
         return f"{reason}."
     if completions is None:
@@ -56,9 +58,10 @@ def check_group(fields: Mapping[str, Any], *, can_write: bool) -> str | None:
     return None
 
 
-def read_group(fields: Mapping[str, Any]) -> tuple[list[Message], list[Completion] | None]:
+def read_group(fields: Mapping[str, Any], *, is_text: bool = False) -> tuple[Prompt, list[Completion] | None]:
     """
-    A row's prompt as a conversation, a string being one user turn, and its completions; None where it has none.
+    Return a row's prompt and its completions; None if it has no completions. A string is one user turn, or with
+    `is_text` stays raw text.
 
     Raises:
         Unscorable: what is wrong with them.
@@ -66,12 +69,13 @@ def read_group(fields: Mapping[str, Any]) -> tuple[list[Message], list[Completio
     prompt, completions = fields.get("prompt"), fields.get("completions")
     if not prompt:
         raise Unscorable("has no prompt. Add one: messages, or a string")
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
+    if is_text and not isinstance(prompt, str):
+        raise Unscorable("has messages as its prompt, and prompts are read as raw text (cdr_string_prompts)")
+    turns = as_turn(prompt) if isinstance(prompt, str) else prompt
+    if not isinstance(turns, list) or not all(isinstance(message, dict) for message in turns):
         raise Unscorable(f"has the prompt {shorten(prompt)}. Use messages, or a string")
     try:
-        messages: list[Message] = [_read_message(message) for message in prompt]
+        messages: Prompt = prompt if is_text else [_read_message(message) for message in turns]
         if completions is None:
             return messages, None
         if not isinstance(completions, list):
@@ -91,7 +95,7 @@ def label_group(
     labelled: Labelled,
     *,
     index: int,
-    prompt: Sequence[Message],
+    prompt: Prompt,
     completions: Sequence[Completion],
     scores: Sequence[Score],
     rewards: Sequence[float | None],
@@ -105,7 +109,7 @@ def label_group(
     Args:
         labelled (`Labelled`): Gets the rows.
         index (`int`): The row of the input.
-        prompt (`Sequence[Message]`): The conversation.
+        prompt (`Prompt`): The conversation, or raw text.
         completions (`Sequence[Completion]`): At least two. One that was cut off is in no pair: whoever trains on it
             would learn to end there.
         scores, rewards (`Sequence`): Of each completion; the rewards are the scores behind the gate.
@@ -142,8 +146,8 @@ def label_group(
         labelled.rows.append(
             {
                 **shared,
-                "chosen": _answer(completions[pair.chosen]),
-                "rejected": _answer(completions[pair.rejected]),
+                "chosen": _answer(completions[pair.chosen], prompt),
+                "rejected": _answer(completions[pair.rejected], prompt),
                 "score_chosen": scores[pair.chosen].value,
                 "score_rejected": scores[pair.rejected].value,
                 "margin": pair.margin,
@@ -193,5 +197,6 @@ def _read_message(message: Message) -> dict[str, str]:
     return {"role": message["role"], "content": read_text(message.get("content"), "a message's content")}
 
 
-def _answer(completion: Completion) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": completion.text}]
+def _answer(completion: Completion, prompt: Prompt) -> str | list[dict[str, str]]:
+    """The completion in the format of its prompt."""
+    return completion.text if isinstance(prompt, str) else [{"role": "assistant", "content": completion.text}]

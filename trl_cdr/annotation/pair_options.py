@@ -37,7 +37,11 @@ def known_options(scorer: DensityRatioScorer) -> dict[str, Any]:
 def loaded_options(scorer: DensityRatioScorer) -> dict[str, Any]:
     """What else they depend on; loads the pair."""
     described = scorer.describe()
-    return {f"{role}_dtype": described[role]["dtype"] for role in ("strong", "weak")}
+    return {
+        **{f"{role}_dtype": described[role]["dtype"] for role in ("strong", "weak")},
+        "date": described["date"],
+        "string_prompts": described["string_prompts"],
+    }
 
 
 def check_router(scorer: DensityRatioScorer, source: Source) -> None:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import date
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..conditioning.criteria import Conditioning
-from ..config import CDRConfig, shareable_options
+from ..config import CDRConfig, shareable_options, with_date
 from ..errors import ConfigError
 from ..scoring.checkpoint import read_config
 from ..scoring.completions import read_completion
@@ -38,7 +39,7 @@ from ..scoring.ratio import sum_logps
 from ..scoring.sources import find_source
 from ..scoring.types import Completion, Prompt, Row, Unscorable
 
-_FORMAT = 1
+_FORMAT = 2  # 2: texts are read as chat templates write them
 _BATCH = 64  # texts that are run, and then written, together
 
 # Options on which a model's log-probabilities depend, beside its weights, its template and the type in force.
@@ -145,6 +146,8 @@ def find_models(places: Sequence[tuple[CDRConfig, str]]) -> list[Model]:
     Raises:
         ConfigError, ModelError: as `load_pair`.
     """
+    today = date.today().isoformat()
+    places = [(with_date(config, today), role) for config, role in places]
     templates = [find_template(config, role) for config, role in places]
     first = next((template for template in templates if template is not None), None)
     return [
@@ -158,6 +161,8 @@ def _find_model(config: CDRConfig, role: str, template: str | None) -> Model:
         "format": _FORMAT,
         **(_find_served(config, role) if role in config.served else _find_weights(config, role)),
         "template": None if template is None else sha256(template.encode()).hexdigest(),
+        # Templates read today's date by this function.
+        "date": config.cdr_date if template is not None and "strftime_now" in template else None,
         **{name: options[name] for name in _OPTIONS},
     }
     return Model(config, role, template, identity)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..scoring.completions import read_completion
+from ..scoring.string_prompts import as_turn
 from ..scoring.types import Prompt, Unscorable, shorten
 from .reader import BadRow, OnBadRow, Row, Source, read_rows
 from .rewardbench import Benchmark, find_benchmark
@@ -122,8 +123,8 @@ def _read(row: Mapping[str, Any], id: str, *, name: str, benchmark: Benchmark | 
             f"has {held or 'no'} completion{'s' * (held != 1)}. Give it chosen and rejected, or completions: two."
         )
     prompt, turns = _find_prompt(row.get("prompt"), sides)
-    if benchmark is not None and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str) and (benchmark is not None or all(_is_conversation(side) for side in turns)):
+        prompt = as_turn(prompt)
     chosen, rejected = (_read_side(side) for side in turns)
     if set(chosen) & set(rejected):
         raise _Bad("has equal completions, of which neither is better. Drop the row.")

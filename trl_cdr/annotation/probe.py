@@ -17,6 +17,7 @@ from ..errors import ConfigError, InputError
 from ..scoring.completions import read_completion
 from ..scoring.pair import Member, Pair
 from ..scoring.scorer import DensityRatioScorer
+from ..scoring.string_prompts import count_strings
 from ..scoring.types import Completion, Message, Prompt, Unscorable
 from .attacks import write_attacks
 from .bouts import Bout, hold_bouts, measure_honest, request_key, score_completions, summarise, with_gate
@@ -110,7 +111,8 @@ def probe(
     with scorer.use() as pair:
         writer = None if policy is None else load_policy(policy, scorer.config, pair)
         on_stage("honest completions")
-        field = _gather(pair, prompts, completions, finished, scorer.route(prompts, domains))
+        read = scorer.read_prompts(prompts)
+        field = _gather(pair, read, completions, finished, scorer.route(prompts, domains))
         field = _fill(field, writer or pair.strong, max_new_tokens=max_new_tokens, seed=seed)
         field, left_out = _keep_scorable(scorer, field)
         _say_what_is_missing(pair, field)
@@ -137,6 +139,7 @@ def probe(
         "gate": gate,
         "prompts": len(field.prompts),
         "left_out": left_out,
+        "string_prompts": count_strings(prompts, read),
         "honest": measure_honest(scorers, field.prompts, field.honest, domains=field.domains),
         "attacks": attacked,
         "win": {"mean": statistics.fmean(rates.values()), "worst": rates[worst], "attack": worst},

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from ..scoring.string_prompts import describe_strings
 from .attacks import ATTACKS
 from .probe import GATES, SEARCHES
 
@@ -58,6 +59,8 @@ def print_probe(found: Mapping[str, Any], folder: Path) -> None:
             f"{honest['completions']} honest completions, {_GATE_NAMES[gate]}: {one['gated']:.0%} stopped, "
             f"ties {ties}, correlation with length {length}"
         )
+    for line in describe_strings(found["string_prompts"]):
+        console.print(line)
     for reason, count in found["left_out"].items():
         console.print(f"left out ({count}): {reason}")
     console.print(f"written to {folder / 'probe.json'} and probe.png", soft_wrap=True)

@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..scoring.string_prompts import describe_strings
+
 _WIDTH = 110  # columns of what is no terminal
 
 
@@ -51,6 +53,7 @@ def say_what_was_run(found: Mapping[str, Any]) -> Iterator[str]:
     """Of a summary how many passes it took, and what was left out, line by line."""
     passes = found["passes"]
     yield f"passes: {passes['run']} models run, {passes['found']} found in the cache"
+    yield from describe_strings(found["string_prompts"])
     if found["truncated"]:
         yield f"prompts cut on the left: {found['truncated']}"
     for reason, count in (*found["unscorable"].items(), *found.get("bad_rows", {}).items()):

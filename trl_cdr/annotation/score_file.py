@@ -16,10 +16,11 @@ from datasets import Dataset
 from ..config import CDRConfig
 from ..errors import InputError
 from ..scoring.scorer import DensityRatioScorer
+from ..scoring.string_prompts import count_strings, describe_strings
 from .pair_options import check_router, known_options, loaded_options, row_domains
 from .pipeline import Job, RunArguments, open_input, run
 from .reader import Check, OnBadRow, Row, Source, needs, read_rows
-from .score_folder import SUMMARY
+from .score_folder import SUMMARY, fix_date
 from .shards import Counts, Labelled
 
 _AT_ONCE = 1000  # rows whose types are looked at
@@ -69,7 +70,8 @@ def score_file(arguments: ScoreArguments, config: CDRConfig, *, data: Dataset | 
 
     Returns:
         `dict` or `None`: what `summary.json` holds: `rows`, `scored`, `unscorable` (reason -> rows), `value.mean`
-        (nats), `tokens`, `bad_rows`; `None` while other machines or processes have shards to write.
+        (nats), `tokens`, `string_prompts` (how strings were read -> rows), `bad_rows`; `None` while other machines or
+        processes have shards to write.
 
     Raises:
         InputError: the input can't be read, or a row has no prompt and completion. Nothing is scored.
@@ -77,7 +79,7 @@ def score_file(arguments: ScoreArguments, config: CDRConfig, *, data: Dataset | 
         ModelError: see `DensityRatioScorer`.
     """
     source = open_input(arguments, data)
-    scorer = DensityRatioScorer.from_config(config)
+    scorer = DensityRatioScorer.from_config(fix_date(config, Path(arguments.output_dir)))
     check_router(scorer, source)
     job = Job(
         command="score",
@@ -152,9 +154,12 @@ def _check(fields: Mapping[str, Any]) -> str | None:
 
 
 def _label(scorer: DensityRatioScorer, rows: Sequence[Row]) -> Labelled:
+    given = [row.fields["prompt"] for row in rows]
+    completions = [row.fields["completion"] for row in rows]
+    prompts = scorer.read_prompts(given, completions)
     scores = scorer.score(
-        [row.fields["prompt"] for row in rows],
-        [row.fields["completion"] for row in rows],
+        prompts,
+        completions,
         finished=[row.fields.get("finished") is not False for row in rows],
         domains=row_domains(scorer, rows),
     )
@@ -169,7 +174,7 @@ def _label(scorer: DensityRatioScorer, rows: Sequence[Row]) -> Labelled:
             {**row.fields, "score": {each.name: getattr(score, each.name) for each in _SCORE}}
             for row, score in zip(rows, scores, strict=True)
         ],
-        counts={"all": counts, "unscorable": reasons},
+        counts={"all": counts, "unscorable": reasons, "string_prompts": count_strings(given, prompts)},
     )
 
 
@@ -182,6 +187,7 @@ def _summarise(counts: Counts) -> dict[str, Any]:
         "unscorable": {reason: int(count) for reason, count in counts.get("unscorable", {}).items()},
         "value": {"mean": found["value"] / scored if scored else None},
         "tokens": int(found.get("tokens", 0)),
+        "string_prompts": {meaning: int(count) for meaning, count in counts.get("string_prompts", {}).items()},
     }
 
 
@@ -191,6 +197,7 @@ def _show(summary: Mapping[str, Any], folder: Path) -> None:
         ("rows scored", f"{summary['scored']} of {summary['rows']}"),
         ("mean log-ratio", "-" if mean is None else f"{mean:+.3f} nats"),
         ("completion tokens", f"{summary['tokens']:,}"),
+        *(("prompts", line) for line in describe_strings(summary["string_prompts"])),
         *((f"unscorable ({count})", reason) for reason, count in summary["unscorable"].items()),
         ("written to", str(folder / "data")),
     ]

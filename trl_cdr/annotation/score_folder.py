@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from ..config import CDRConfig, with_date
 from ..errors import ConfigError
 
 OPTIONS, SUMMARY = "options.json", "summary.json"
@@ -29,6 +30,8 @@ WITHOUT_EFFECT = {
         for part in ("", "_revision", "_adapter", "_adapter_revision")
     ),
     *("cdr_criteria", "cdr_chat_template"),  # paths, whose contents are compared
+    "cdr_date",  # the date that templates write is compared
+    "cdr_string_prompts",  # how strings are read is compared
     "cdr_dtype",  # "auto" is not the same everywhere: the types in force are compared
     *("cdr_device", "cdr_token_budget", "cdr_prefix_cache_tokens"),  # where, and in what portions: rounding
     "cdr_offload",  # where the weights are between calls
@@ -113,6 +116,23 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """As `write_whole`, of JSON."""
     write_whole(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def fix_date(config: CDRConfig, folder: Path) -> CDRConfig:
+    """
+    Return the options with a date for chat templates that write today's: the one with which the folder's run began.
+
+    Args:
+        config (`CDRConfig`): Returned unchanged if it has a date.
+        folder (`Path`): Its `options.json`, if there is one, has the date. Otherwise it is today's.
+    """
+    if config.cdr_date is not None:
+        return config
+    try:
+        recorded = json.loads((folder / OPTIONS).read_bytes())["cdr_date"]
+    except (OSError, ValueError, LookupError, TypeError):
+        recorded = None
+    return with_date(config, recorded)
 
 
 def check_ours(folder: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from ..config import CDRConfig
 from ..errors import ConfigError, InputError
 from ..scoring.scorer import DensityRatioScorer
-from ..scoring.types import Unscorable
+from ..scoring.string_prompts import as_turn, count_strings, string_meaning
+from ..scoring.types import Prompt, Unscorable
 from .accuracy import strata
 from .bouts import request_key
 from .passes import Entry, Model, Passes, Text
@@ -30,11 +31,13 @@ class Tables:
         preferences (`list[Preference]`): Those of which every model can score every completion, in every reading.
         columns (`Mapping`): By reading and model's key, an entry for each of their completions, one after the other.
         unscorable (`Counter[str]`): Why the others are left out.
+        string_prompts (`dict`): How prompts that are strings were read, see `count_strings`.
     """
 
     preferences: list[Preference]
     columns: Mapping[tuple[str, str], list[Entry]]
     unscorable: Counter[str]
+    string_prompts: dict[str, float]
 
     @property
     def readings(self) -> list[str]:
@@ -57,6 +60,7 @@ class Tables:
             "pairs": len(labelled),
             "unlabelled": len(self.preferences) - len(labelled),
             "unscorable": dict(self.unscorable),
+            "string_prompts": self.string_prompts,
             "truncated": sum(entry.truncated for column in self.columns.values() for entry in column),
             "subsets": {
                 stratum.name: {
@@ -85,7 +89,12 @@ def read_tables(
         InputError: nothing can be scored, or nothing says what the domains are.
         ConfigError, ModelError: see `Passes.read`.
     """
-    read = _read_prompts(config, preferences)
+    has_template = any(model.template is not None for model in models)
+    meaning = string_meaning(config.cdr_string_prompts, has_template=has_template)
+    shown = [
+        as_turn(one.prompt) if meaning == "user" and isinstance(one.prompt, str) else one.prompt for one in preferences
+    ]
+    read = _read_prompts(config, preferences, shown)
     texts = [text for column in read.values() for each in column if not isinstance(each, str) for text in each]
     keys = [text.key for text in texts]
     given: dict[str, dict[str, Entry]] = {}
@@ -113,22 +122,27 @@ def read_tables(
             for key, entries in given.items()
         },
         unscorable,
+        count_strings([one.prompt for one in preferences], shown),
     )
 
 
-def _read_prompts(config: CDRConfig, preferences: Sequence[Preference]) -> dict[str, list[list[Text] | str]]:
+def _read_prompts(
+    config: CDRConfig, preferences: Sequence[Preference], prompts: Sequence[Prompt]
+) -> dict[str, list[list[Text] | str]]:
     """By reading the texts of each preference, or why there are none."""
-    plain: list[list[Text] | str] = [[Text(one.prompt, text) for text in one.completions] for one in preferences]
+    plain: list[list[Text] | str] = [
+        [Text(prompt, text) for text in one.completions] for one, prompt in zip(preferences, prompts, strict=True)
+    ]
     scorer = DensityRatioScorer.from_config(config)
     if scorer.criteria is None or scorer.router is None:
         return {PLAIN: plain}
     is_told = scorer.router.column is not None or scorer.router.is_undecided
     domains = [one.criteria_domain for one in preferences] if is_told else None
-    prompts, conditionings = scorer.condition([one.prompt for one in preferences], domains)
+    conditioned, conditionings = scorer.condition(prompts, domains)
     scorer.unload()  # of a router that ran a model
     shown = [
         str(prompt) if isinstance(prompt, Unscorable) else [Text(prompt, text, by) for text in one.completions]
-        for one, prompt, by in zip(preferences, prompts, conditionings, strict=True)
+        for one, prompt, by in zip(preferences, conditioned, conditionings, strict=True)
     ]
     return {PLAIN: plain, CRITERIA: shown}
 

@@ -225,7 +225,7 @@ def _generate(
     for ids in found:
         length = next((place for place, id in enumerate(ids) if id in ends), len(ids))
         text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
-        completions.append(Completion(text, (length < len(ids)) if ends else None))
+        completions.append(Completion(text, (length < len(ids)) if ends else None, is_generated=True))
     return completions
 
 

@@ -31,7 +31,7 @@ from ..annotation.groups import check_group
 from ..annotation.pair_options import check_router, known_options
 from ..annotation.pipeline import Job, open_input, run
 from ..annotation.reader import Source, every, read_rows
-from ..annotation.score_folder import OPTIONS, SUMMARY, check_options, check_ours, hold, write_json, writing
+from ..annotation.score_folder import OPTIONS, SUMMARY, check_options, check_ours, fix_date, hold, write_json, writing
 from ..config import CDRConfig
 from ..config_checks import LOCAL_ARGUMENTS
 from ..errors import ConfigError, InputError
@@ -106,6 +106,11 @@ def run_rounds(
     check_models(cdr_args, policy, init_kwargs)
     template = find_template(cdr_args, "strong")
     load_policy_tokenizer(policy, init_kwargs, template)
+    if cdr_args.cdr_string_prompts == "text":
+        raise ConfigError(
+            "cdr_string_prompts is 'text', and rounds train on conversations. Leave it out: a string is a user's turn."
+        )
+    cdr_args = fix_date(cdr_args, Path(training_args.output_dir))
     scorer = DensityRatioScorer.from_config(cdr_args, training_args)
     source, held_out = _open(arguments, pairs_args, scorer, data)
     state = PartialState()

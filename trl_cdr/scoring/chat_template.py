@@ -10,10 +10,12 @@ output for short conversations, so that it holds for templates that nobody has s
                                                                opening '      ' close
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import lru_cache
 from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
@@ -24,6 +26,8 @@ from .types import Unscorable
 
 _PROBE = "trl-cdr probe"
 _ANSWERS = ("trl-cdr answer", "an other answer of trl-cdr")
+# What `strftime` writes of a date; the time of day is midnight.
+_DIRECTIVES = ("-d", "-m", "-j", "-H", "-I", "-M", "-S", *"aAwdbBmyYHIpMSjUWcxXGuVeDF")
 # Fields in which templates look for the thoughts of an assistant's turn.
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 # What a template raises on messages that it does not take: its own refusals, and Python's on fields that are missing.
@@ -340,17 +344,30 @@ class ChatTemplate:
         """`is_whole`: the last turn is closed, as in training data; else it is left open for the completion."""
         continues = not is_whole and messages[-1].get("role") == "assistant"
         today = today or self.today
-        clock = {} if today is None else {"strftime_now": today.strftime}
         rendered = self._tokenizer.apply_chat_template(
             messages,
             tokenize=False,
-            chat_template=self.text,
+            chat_template=self.text if today is None else _with_date(self.text, today),
             add_generation_prompt=not is_whole and not continues,
             continue_final_message=continues,
             tools=self.tools,
-            **{**clock, **self.variables, **changed},
+            **{**self.variables, **changed},
         )
         return str(rendered)
+
+
+@lru_cache(maxsize=8)
+def _with_date(template: str, today: date) -> str:
+    """
+    A template that reads a given date in place of the clock's.
+
+    transformers gives templates a function `strftime_now`. A macro of that name takes its place.
+    """
+    if "strftime_now" not in template:
+        return template
+    filters = [f"|replace({json.dumps('%' + name)}, {json.dumps(today.strftime('%' + name))})" for name in _DIRECTIVES]
+    body = "|replace('%%', '\ufdd0')" + "".join(filters) + "|replace('\ufdd0', '%')"
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{body} }}}}{{%- endmacro %}}\n{template}"
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

@@ -68,13 +68,17 @@ class CompletionReader:
         """Arguments as in `DensityRatioScorer.score`; one result for each completion, in order."""
         read: list[Completion | Unscorable] = []
         for index, completion in enumerate(completions):
+            ids = None if completion_ids is None else list(completion_ids[index])
+            follows = ids is not None if is_generated is None else bool(is_generated[index])
+            parsed = self._parsed(completion, ids) if ids is not None else None
+            if parsed is not None:
+                read.append(parsed)
+                continue
             try:
                 text = read_completion(completion)
             except Unscorable as reason:
                 read.append(reason)
                 continue
-            ids = None if completion_ids is None else list(completion_ids[index])
-            follows = ids is not None if is_generated is None else bool(is_generated[index])
             own = self._own(ids, text) if ids is not None and self._ids_may_match else None
             if own is not None:
                 read.append(own)
@@ -85,11 +89,32 @@ class CompletionReader:
                 read.append(_read_text(text, True if ids is None else self._ended(ids), follows))
         return read
 
+    def _parsed(self, completion: Any, ids: list[int]) -> Completion | None:
+        """
+        A message that a trainer parsed from ids of the pair's own tokenizer: thoughts and tool calls stand apart, and
+        white space is gone. The ids hold all that the policy wrote.
+        """
+        if isinstance(completion, str) or self._policy_end_ids is None or not self._ids_may_match:
+            return None
+        if not isinstance(completion, Sequence) or len(completion) != 1 or not isinstance(completion[0], Mapping):
+            return None
+        message = completion[0]
+        content = message.get("content") or ""
+        if message.get("role") != "assistant" or not isinstance(content, str):
+            return None
+        own = cut_at_end(ids, end_ids=self._end_ids, pad_ids=self._pad_ids)
+        if not own or not self._encoder.holds_part(own, content):
+            return None
+        return self._with_ids(own, content)
+
     def _own(self, ids: list[int], text: str) -> Completion | None:
         """The completion with its ids, if they are the pair's own."""
         own = cut_at_end(ids, end_ids=self._end_ids, pad_ids=self._pad_ids)
         if not self._encoder.holds(own, text, self._end_ids):
             return None
+        return self._with_ids(own, text)
+
+    def _with_ids(self, own: tuple[int, ...], text: str) -> Completion:
         length = len(own)
         while length and self._encoder.is_special(own[length - 1]):
             length -= 1

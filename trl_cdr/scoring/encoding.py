@@ -253,6 +253,13 @@ class Encoder:
             return len(completion_ids) == 1 and completion_ids[0] in end_ids
         return bool(self.tokenizer.decode(completion_ids, skip_special_tokens=True) == text)
 
+    def holds_part(self, completion_ids: tuple[int, ...], text: str) -> bool:
+        """Return True if these ids can be this tokenizer's, and their text holds a text, white space aside."""
+        size = len(self.tokenizer)
+        if not completion_ids or not all(0 <= token < size for token in completion_ids):
+            return False
+        return text.strip() in self.tokenizer.decode(completion_ids, skip_special_tokens=True)
+
     def _place(self, prompt: Prompt, completion: Completion) -> tuple[str, str, str, bool]:
         """The generation prompt's text, all text before the completion, the completion, and if these are guarded."""
         text = completion.text if completion.ids is None else ""

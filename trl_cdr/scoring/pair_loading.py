@@ -136,8 +136,8 @@ def _warn_of_open_thoughts(member: Member, role: str) -> None:
     remedy = "cdr_chat_template_kwargs={'enable_thinking': false}" if template.has_switch else "cdr_chat_template"
     logger.warning(
         "The generation prompt of %s (%s) opens a thought (%s). An answer of a data set without %s is read as an "
-        "answer without thoughts; text that a policy writes in training is read as a thought up to %s. If the models are "
-        "to answer without thoughts, set %s.",
+        "answer without thoughts; text that a policy writes in training is read as a thought up to %s. If the "
+        "models are to answer without thoughts, set %s.",
         role,
         member.lm.name,
         template.thoughts.tag,

@@ -422,13 +422,13 @@ class DensityRatioScorer:
             `dict`: `strong` and `weak` (each `name`, `weights`, `adapter`, `adapter_weights`, `architecture`,
             `parameters`, `weights_mb`, `dtype`, `device`, `prefix_mb`, `work_mb`, `attention`, `way`, `reason`,
             `max_length` in tokens, `end_of_turn`, `end_tokens`, `chat_template`, `thoughts`, `date`), `weights_mb`,
-            `shares_vocabulary`, `reads_alike`, `gate`, `chat_template_kwargs` (the trainer's, or the config's), `string_prompts` (`"user"` or `"text"`: how strings are read
-            outside trainers) and `date` (that chat templates write, or `None`). `weights` is the commit on the Hub or a
-            hash of the folder, `None` for models that were passed as objects, and `adapter_weights` the same of an
-            adapter. MB are 2**20 bytes; in `weights_mb` of the pair what both models stand on counts once; `prefix_mb`
-            is the most that `cdr_prefix_cache_tokens` allows, `work_mb` an estimate for a forward of
-            `cdr_token_budget`. Of a model on servers most is `None`; it has `servers` and `root`, where they have it
-            from.
+            `shares_vocabulary`, `reads_alike`, `gate`, `chat_template_kwargs` (the trainer's, or the config's),
+            `string_prompts` (`"user"` or `"text"`: how strings are read outside trainers) and `date` (that chat
+            templates write, or `None`). `weights` is the commit on the Hub or a hash of the folder, `None` for models
+            that were passed as objects, and `adapter_weights` the same of an adapter. MB are 2**20 bytes; in
+            `weights_mb` of the pair what both models stand on counts once; `prefix_mb` is the most that
+            `cdr_prefix_cache_tokens` allows, `work_mb` an estimate for a forward of `cdr_token_budget`. Of a model on
+            servers most is `None`; it has `servers` and `root`, where they have it from.
 
         Raises:
             ConfigError, ModelError: as `load`.
@@ -449,6 +449,37 @@ class DensityRatioScorer:
                     (one for one in (pair.strong.encoder.written_date, pair.weak.encoder.written_date) if one), None
                 ),
             }
+
+    def show(
+        self,
+        prompt: Prompt,
+        completion: str | Sequence[Message],
+        *,
+        domain: str | None = None,
+        finished: bool | None = True,
+        is_generated: bool = False,
+        console: Any = None,
+    ) -> None:
+        """
+        Print one prompt and completion as each model reads them, with token counts, log-probabilities and the score.
+
+        Args:
+            prompt (`str` or `Sequence`): A conversation or a string.
+            completion (`str` or `Sequence`): A string, or a list with one assistant message.
+            domain (`str`, *optional*): The prompt's domain. Default: the router's.
+            finished (`bool` or `None`, *optional*, defaults to `True`): See `score`.
+            is_generated (`bool`, *optional*, defaults to `False`): See `score`.
+            console (`rich.console.Console`, *optional*): Prints. Default: stdout.
+
+        Raises:
+            InputError, ConfigError, ModelError: as `score`.
+        """
+        from rich.console import Console
+
+        from .show import print_row, read_row
+
+        row = read_row(self, prompt, completion, domain=domain, finished=finished, is_generated=is_generated)
+        print_row(row, console or Console())
 
     def unload(self) -> None:
         """Let go of the pair and of the prefixes kept for it, for all who share it; the next call loads it again."""

@@ -1,6 +1,7 @@
 """Prompts that are strings: a user's turn or raw text. One rule for all commands and trainers. Pure."""
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from .types import Prompt
 
@@ -24,3 +25,18 @@ def string_meaning(option: str, *, has_template: bool, in_trainer: bool = False)
 def as_turn(text: str) -> Prompt:
     """A string as a conversation."""
     return [{"role": "user", "content": text}]
+
+
+def count_strings(given: Sequence[Any], read: Sequence[Any]) -> dict[str, float]:
+    """Count the prompts that are strings, by how they were read: `"user"` or `"text"`."""
+    counts: dict[str, float] = {}
+    for before, after in zip(given, read, strict=True):
+        if isinstance(before, str):
+            meaning = "text" if isinstance(after, str) else "user"
+            counts[meaning] = counts.get(meaning, 0) + 1
+    return counts
+
+
+def describe_strings(counts: Mapping[str, float]) -> list[str]:
+    """Describe the result of `count_strings` in lines for people."""
+    return [f"{int(count)} string prompts were read as {MEANINGS[meaning]}" for meaning, count in counts.items()]

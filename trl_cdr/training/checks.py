@@ -132,8 +132,8 @@ def _describe_difference(encoder: Encoder, role: str, prompt: Prompt, policy_ids
     start = max(0, shared - _CONTEXT)
     theirs, own = (encoder.tokenizer.decode(part[start : shared + _CONTEXT]) for part in (policy_ids, list(ids)))
     return (
-        f"From token {shared} on the policy reads {theirs!r} ({len(policy_ids)} tokens in all), and {role} reads {own!r} "
-        f"({len(ids)} tokens)."
+        f"From token {shared} on the policy reads {theirs!r} ({len(policy_ids)} tokens in all), and {role} reads "
+        f"{own!r} ({len(ids)} tokens)."
     )
 
 
