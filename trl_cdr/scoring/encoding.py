@@ -127,14 +127,14 @@ class Encoder:
             else ChatTemplate(tokenizer, role, text, variables=chat_template_kwargs, tools=tools, today=today)
         )
         markers = set() if self.template is None else self.template.turn_markers()
-        self._offsets = OffsetTokenizer(tokenizer, markers)
+        self.offsets = OffsetTokenizer(tokenizer, markers)
         self._bos = self._choose_bos(add_special_tokens)
         self._end_of_text_id: int | None = tokenizer.eos_token_id
         # The text that ends a turn, and the id of its last token.
         self._end_of_turn, self._end_of_turn_id = self._find_end_of_turn(generation_ends)
         special = dict(tokenizer.special_tokens_map)  # templates read them
         template = None if self.template is None else self.template.identity
-        self._identity = (self._offsets.identity, template, self._bos, self._end_of_turn, self.end_ids, special)
+        self._identity = (self.offsets.identity, template, self._bos, self._end_of_turn, self.end_ids, special)
 
     @property
     def chat_template(self) -> str | None:
@@ -228,7 +228,7 @@ class Encoder:
         start, before, after, guarded = self._place(prompt, completion)
         end, end_id = self._end(prompt, completion)
         if guarded:
-            start, before, after = (self._offsets.unguard(text) for text in (start, before, after))
+            start, before, after = (self.offsets.unguard(text) for text in (start, before, after))
         prompt_length = len(start) if before.startswith(start) else len(before)
         last = end or ("" if end_id is None else str(self.tokenizer.convert_ids_to_tokens(end_id)))
         if completion.ids is not None:
@@ -266,7 +266,7 @@ class Encoder:
         if isinstance(prompt, str):
             before = read_text(prompt, "the prompt")
             guarded = self._needs_guard([text], template_text=prompt)
-            return before, before, self._offsets.guard(text) if guarded else text, guarded
+            return before, before, self.offsets.guard(text) if guarded else text, guarded
         messages = read_messages(prompt)
         if self.template is None:
             raise ConfigError(
@@ -274,7 +274,7 @@ class Encoder:
                 "Pass cdr_chat_template, the path of a Jinja file, or use string prompts."
             )
         guarded = self._needs_guard([*(message["content"] for message in messages), text])
-        guard: Callable[[str], str] = self._offsets.guard if guarded else str
+        guard: Callable[[str], str] = self.offsets.guard if guarded else str
         messages = [{**message, "content": guard(message["content"])} for message in messages]
         placed = self.template.place(
             self.template.check(messages),
@@ -287,7 +287,7 @@ class Encoder:
 
     def _tokenize(self, before: str, after: str, *, guarded: bool, prompt: Prompt, completion: Completion) -> Tokens:
         try:
-            return self._offsets.tokenize(before, after, guarded=guarded)
+            return self.offsets.tokenize(before, after, guarded=guarded)
         except ControlInText as error:
             where = self._find_spelled(str(error), prompt, completion)
             raise Unscorable(
@@ -305,9 +305,9 @@ class Encoder:
 
     def _needs_guard(self, written: list[str], *, template_text: str = "") -> bool:
         """Whether a control token is spelled out in what users and the policy wrote."""
-        if not self._offsets.spells_control(written):
+        if not self.offsets.spells_control(written):
             return False
-        if self._offsets.has_mark([*written, template_text]):
+        if self.offsets.has_mark([*written, template_text]):
             raise Unscorable("the text holds U+FDD0 beside the spelling of a control token: drop the character")
         return True
 
@@ -329,7 +329,7 @@ class Encoder:
         """What goes before a string prompt."""
         if add_special_tokens == "false":
             return ()
-        bos = self._offsets.leading_ids
+        bos = self.offsets.leading_ids
         if add_special_tokens == "true" and not bos:
             if self.tokenizer.bos_token_id is None:
                 raise ModelError(
@@ -348,9 +348,9 @@ class Encoder:
         if self.template is None or self.template.closing is None:
             return nothing
         ends = {*generation_ends, self._end_of_text_id}
-        space, controls = self._offsets.leading_controls(self.template.closing)
+        space, controls = self.offsets.leading_controls(self.template.closing)
         if not controls:
-            space, controls = self._offsets.leading_controls(self.template.next_turn)
+            space, controls = self.offsets.leading_controls(self.template.next_turn)
             first = self.tokenizer.convert_tokens_to_ids(controls[0]) if controls else None
             is_end = first in generation_ends if generation_ends else first != self.tokenizer.bos_token_id
             if first is None or not is_end:

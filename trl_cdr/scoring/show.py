@@ -199,9 +199,7 @@ def _read_model(
 ) -> ShownModel:
     """Return the row as one model reads it, or as much of its text as can be rendered."""
     name, encoder = str(member.lm.name), member.encoder
-    markers = set() if encoder.template is None else encoder.template.turn_markers()
-    offsets = OffsetTokenizer(encoder.tokenizer, markers)
-    parts = _read_parts(encoder, offsets, prompt, completion)
+    parts = _read_parts(encoder, prompt, completion)
     if parts is None:
         return ShownModel(name, ())
     spans = _find_conditioning(parts.prompt, conditioning)
@@ -213,24 +211,19 @@ def _read_model(
         member.check(row)
     except Unscorable:
         return ShownModel(name, _name_parts(parts, spans))
-    counter = _Counter(offsets, parts)
+    counter = _Counter(encoder.offsets, parts)
     counts = replace(counter.count(row, spans), lost=len(whole.ids) - len(row.ids))
     return ShownModel(name, _name_parts(parts, spans, counter.find_start(row)), counts, row.ids)
 
 
-def _read_parts(
-    encoder: Encoder, offsets: OffsetTokenizer, prompt: Prompt, completion: Completion | Unscorable
-) -> Parts | None:
+def _read_parts(encoder: Encoder, prompt: Prompt, completion: Completion | Unscorable) -> Parts | None:
     """Return the row's parts, or the prompt's alone, or `None` if the prompt can't be rendered."""
     unread = Completion("", None)
     for known in (unread,) if isinstance(completion, Unscorable) else (completion, unread):
         try:
-            parts = encoder.parts(prompt, known)
+            return encoder.parts(prompt, known)
         except Unscorable:
             continue
-        # If a text spells out control tokens, `Encoder.parts` returns the template's own ones as marks.
-        texts = (parts.prompt, parts.inserted, parts.completion, parts.end)
-        return Parts(*(re.sub("\ufdd0\\d+\ufdd0", lambda mark: offsets.unguard(mark[0]), text) for text in texts))
     return None
 
 

@@ -65,6 +65,7 @@ class OffsetTokenizer:
         normalized = [text for text in longest_first if added[text]["normalized"]]
         self._normalized = _any_of([self._normalize(text) for text in normalized]) if normalized else None
         self._other_spelling = self._mark_of | {mark: text for text, mark in self._mark_of.items()}
+        self._marks = _any_of(list(self._mark_of.values()))
         self._either = _any_of(list(self._other_spelling))
 
     @property
@@ -90,8 +91,8 @@ class OffsetTokenizer:
         return self._spelled.sub(lambda match: self._mark_of[match[0]], text)
 
     def unguard(self, text: str) -> str:
-        """Spell marks as control tokens."""
-        return self._swap(text)
+        """Spell marks as control tokens again."""
+        return self._marks.sub(lambda match: self._other_spelling[match[0]], text)
 
     def leading_controls(self, text: str) -> tuple[str, list[str]]:
         """White space that a text starts with, and the control tokens that follow it without a gap."""
