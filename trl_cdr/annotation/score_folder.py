@@ -31,7 +31,6 @@ WITHOUT_EFFECT = {
     ),
     *("cdr_criteria", "cdr_chat_template"),  # paths, whose contents are compared
     "cdr_date",  # the date that templates write is compared
-    "cdr_string_prompts",  # how strings are read is compared
     "cdr_dtype",  # "auto" is not the same everywhere: the types in force are compared
     *("cdr_device", "cdr_token_budget", "cdr_prefix_cache_tokens"),  # where, and in what portions: rounding
     "cdr_offload",  # where the weights are between calls
@@ -125,14 +124,21 @@ def fix_date(config: CDRConfig, folder: Path) -> CDRConfig:
     Args:
         config (`CDRConfig`): Returned unchanged if it has a date.
         folder (`Path`): Its `options.json`, if there is one, has the date. Otherwise it is today's.
+
+    Raises:
+        ConfigError: the options have another date than the prompts of the folder's scores.
     """
-    if config.cdr_date is not None:
-        return config
     try:
-        recorded = json.loads((folder / OPTIONS).read_bytes())["cdr_date"]
-    except (OSError, ValueError, LookupError, TypeError):
-        recorded = None
-    return with_date(config, recorded)
+        recorded = dict(json.loads((folder / OPTIONS).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        recorded = {}
+    written = recorded.get("date")
+    if None not in (config.cdr_date, written) and written != config.cdr_date:
+        raise ConfigError(
+            f"output_dir {str(folder)!r} holds scores of prompts with the date {written}, and cdr_date is "
+            f"{config.cdr_date}. Leave cdr_date out to go on with that date. {_ELSEWHERE}"
+        )
+    return with_date(config, recorded.get("cdr_date"))
 
 
 def check_ours(folder: Path) -> None:

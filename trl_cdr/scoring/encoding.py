@@ -258,7 +258,9 @@ class Encoder:
         size = len(self.tokenizer)
         if not completion_ids or not all(0 <= token < size for token in completion_ids):
             return False
-        return text.strip() in self.tokenizer.decode(completion_ids, skip_special_tokens=True)
+        # Parsers keep special tokens or leave them out.
+        texts = (self.tokenizer.decode(completion_ids, skip_special_tokens=skip) for skip in (False, True))
+        return any(text.strip() in decoded for decoded in texts)
 
     def _place(self, prompt: Prompt, completion: Completion) -> tuple[str, str, str, bool]:
         """The generation prompt's text, all text before the completion, the completion, and if these are guarded."""
