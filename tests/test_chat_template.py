@@ -3,14 +3,12 @@
 from datetime import date
 
 import pytest
-from tiny import BRACKETS, CHATML, DATED, THINKING, byte_tokenizer, chat
+from tiny import BRACKETS, CHATML, DATED, OPEN, THINKING, byte_tokenizer, chat
 
 from trl_cdr.scoring.chat_template import ChatTemplate
 from trl_cdr.scoring.encoding import Encoder
 from trl_cdr.scoring.types import Completion, Unscorable
 
-# The generation prompt opens a thought.
-OPEN = THINKING[: THINKING.index("{% if enable_thinking")] + "<think>\n{% endif %}"
 # GLM's: no end of a turn but the marker of the next one.
 NEXT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"

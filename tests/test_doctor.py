@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from lora import save_adapter
 from test_cli import fails
+from tiny import CHATML, DATED, OPEN, THINKING, byte_tokenizer, chat, llama
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, LlamaConfig
 
-from trl_cdr import CDRConfig, ConfigError
+from trl_cdr import CDRConfig, ConfigError, DensityRatioScorer
 from trl_cdr.cli import main
 from trl_cdr.doctor import DoctorArguments, examine, examine_memory, missed_requirement, print_memory
 from trl_cdr.scoring import loading
@@ -166,3 +167,51 @@ def test_probe_prints_what_turns(checkpoints, tmp_path, capsys):
     (stored / "config.json").write_text(json.dumps(config))
     quantised = {**checkpoints, "strong": str(stored)}
     assert "is stored quantised" in fails(capsys, arguments(quantised, "--probe"))
+
+
+def save_pair(tmp_path, template):
+    """Folders of a tiny pair with a chat template."""
+    tokenizer = byte_tokenizer(template=template)
+    folders = {}
+    for seed, role in enumerate(("strong", "weak")):
+        folders[role] = str(tmp_path / role)
+        llama(len(tokenizer), seed=seed).save_pretrained(folders[role])
+        tokenizer.save_pretrained(folders[role])
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, "thoughts: none; date in prompts: none"),
+        (THINKING, "thoughts: <think> ... </think>; date in prompts: none"),
+        (OPEN, "thoughts: the prompt opens <think>; an answer without </think> is read as one without thoughts"),
+        (DATED, "date in prompts: 2026-11-29"),
+    ],
+)
+def test_print_examination_of_templates(template, expected, tmp_path, capsys):
+    main(arguments(save_pair(tmp_path, template), "--cdr_date", "2026-11-29"))
+    printed = capsys.readouterr().out
+    assert printed.count(expected) == 2
+    assert "string prompts outside trainers: a user's turn" in printed
+
+
+SWITCHED = OPEN.replace("<think>\n{% endif %}", "{% if enable_thinking is not false %}<think>\n{% endif %}{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "remedy"),
+    [(SWITCHED, "set cdr_chat_template_kwargs={'enable_thinking': false}"), (OPEN, "set cdr_chat_template.")],
+)
+def test_load_pair_warns_of_open_thoughts(template, remedy, tmp_path, caplog):
+    folders = save_pair(tmp_path, template)
+    scorer = DensityRatioScorer(**folders)
+    for _ in range(2):
+        scorer.score([chat("hello")], ["what"])
+    told = [record.getMessage() for record in caplog.records if "opens a thought (<think>)" in record.getMessage()]
+    assert [text.split(" (")[0] for text in told] == [f"The generation prompt of {role}" for role in folders]
+    assert all(remedy in text for text in told)
+    caplog.clear()
+    if template == SWITCHED:
+        DensityRatioScorer(**folders, chat_template_kwargs={"enable_thinking": False}).load()
+        assert "opens a thought" not in caplog.text

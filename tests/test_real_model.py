@@ -1,15 +1,19 @@
 """The machinery on a real model, SmolLM2-135M-Instruct: its template and tokens, parity, samples, an online step."""
 
 import math
+from dataclasses import replace
+from datetime import date
 
 import pytest
 import torch
+from datasets import Dataset, load_dataset
 from oracle import completion_logps, split_text
 from peft import LoraConfig
 from tiny import TRAINING, chat, llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_cdr import CDRReward, Criteria, DensityRatioScorer, DomainCriteria
+from trl_cdr import CDRConfig, CDRReward, Criteria, DensityRatioScorer, DomainCriteria
+from trl_cdr.annotation.score_file import ScoreArguments, score_file
 
 pytestmark = pytest.mark.real
 
@@ -137,3 +141,60 @@ def test_an_online_step(pair, smollm_folder, tmp_path):
     assert math.isfinite(log["loss"])
     assert math.isfinite(log["reward"])
     assert log["cdr/unscorable"] == 0
+
+
+SCRIPTS = {
+    "cjk": "火山は地球の内部から",
+    "cyrillic": "Вулканы горячие",
+    "devanagari": "ज्वालामुखी गर्म",
+    "emoji": "It is hot 🌋🔥",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_completion_cut_inside_a_character(pair, tokenizer, exact, script):
+    """The rest of the last character is not scored, nor the token that it would be."""
+    ids = tokenizer(SCRIPTS[script], add_special_tokens=False).input_ids
+    length = next(n for n in range(len(ids) - 1, 0, -1) if tokenizer.decode(ids[:n]).endswith("\ufffd"))
+    text = tokenizer.decode(ids[:length])
+    kept = text.rstrip("\ufffd")
+    scorer = DensityRatioScorer(**pair, gate="none")
+    [cut] = scorer.score(PROMPTS[:1], [text], finished=[False])
+    rendered = tokenizer.apply_chat_template(PROMPTS[0], tokenize=False, add_generation_prompt=True)
+    prompt_ids, kept_ids = split_text(tokenizer, rendered, kept, "")
+    assert cut.strong_logps == pytest.approx(float(completion_logps(exact, prompt_ids, kept_ids).sum()), abs=2e-3)
+    [written] = scorer.score(PROMPTS[:1], [text], finished=[True])
+    assert written.n_tokens > cut.n_tokens + 1  # the character U+FFFD, and the end of the turn
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool", "critic"])
+def test_role_is_read_or_refused(pair, role):
+    """Two conversations that differ in one turn have different scores, or that turn is named."""
+    scorer = DensityRatioScorer(**pair, gate="none")
+    prompts = [[*PROMPTS[0], {"role": role, "content": content}, *PROMPTS[1]] for content in ("Rome.", "Paris.")]
+    first, second = scorer.score(prompts, [COMPLETIONS[0]] * 2)
+    if first.error is None:
+        assert abs(first.strong_logps - second.strong_logps) > 1e-3
+    else:
+        assert f"message 1 of the prompt, which has the role {role!r}" in first.error
+
+
+def test_date_that_changes_within_a_run(pair, smollm_folder, tmp_path):
+    """Two shards, scored on two days, have the first day's date."""
+    own = AutoTokenizer.from_pretrained(smollm_folder).chat_template
+    template = tmp_path / "dated.jinja"
+    template.write_text("<|im_start|>system\nToday Date: {{ strftime_now('%d %B %Y') }}<|im_end|>\n" + own)
+    options = {**pair, "gate": "none", "chat_template": str(template)}
+    scorer = DensityRatioScorer(**options, date="2026-11-29")
+    expected = [score.strong_logps for score in scorer.score(PROMPTS[:2], COMPLETIONS[:2])]
+    scorer.use_date(date(2026, 11, 30))
+    other = [score.strong_logps for score in scorer.score(PROMPTS[:2], COMPLETIONS[:2])]
+    assert max(abs(one - two) for one, two in zip(expected, other, strict=True)) > 1e-2
+    folder = str(tmp_path / "out")
+    config = CDRConfig(str(smollm_folder), str(smollm_folder), cdr_gate="none", cdr_chat_template=str(template))
+    data = Dataset.from_dict({"prompt": PROMPTS[:2], "completion": COMPLETIONS[:2]})
+    for shard, day in enumerate(("2026-11-29", None)):
+        arguments = ScoreArguments("rows", folder, shard_size=1, shard=f"{shard}/2")
+        score_file(arguments, replace(config, cdr_date=day), data=data)
+    rows = load_dataset(folder, split="train", cache_dir=str(tmp_path / "cache"))
+    assert [row["strong_logps"] for row in rows["score"]] == pytest.approx(expected, abs=2e-3)

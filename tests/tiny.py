@@ -17,6 +17,8 @@ THINKING = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
     "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+# The generation prompt opens a thought.
+OPEN = THINKING[: THINKING.index("{% if enable_thinking")] + "<think>\n{% endif %}"
 # Today's date before the conversation, as templates of Llama 3 and SmolLM3 have it.
 DATED = "{% if strftime_now is defined %}Today is {{ strftime_now('%d %B %Y') }}.\n{% endif %}" + CHATML
 # No system role, turns in brackets of plain text, a space before the completion, </s> as the end of a turn.

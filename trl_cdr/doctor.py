@@ -25,6 +25,7 @@ from .scoring.loading import expected_dtype, find_device
 from .scoring.memory import GB, Footprint, Holding, advise, footprint, holdings
 from .scoring.scorer import DensityRatioScorer
 from .scoring.sources import find_sources, share_base
+from .scoring.string_prompts import MEANINGS
 
 _UNITS = {"GB": GB, "GiB": 2**30}
 
@@ -213,11 +214,13 @@ def print_examination(found: dict[str, Any]) -> None:
                 ("", f"runs {model['way']}{reason}"),
                 ("", f"rows of up to {model['max_length'] or 'any number of'} tokens"),
                 ("", f"a turn ends with {model['end_of_turn']!r}; chat template: {model['chat_template']}"),
+                ("", f"thoughts: {model['thoughts']}; date in prompts: {model['date'] or 'none'}"),
             ]
         lines += [
             ("", ""),
             ("together", "one vocabulary" if pair["shares_vocabulary"] else "different vocabularies"),
             ("", "every row encoded once" if pair["reads_alike"] else "every row encoded for each"),
+            ("", f"string prompts outside trainers: {MEANINGS[pair['string_prompts']]}"),
             ("", f"gate: {_describe_gate(pair['gate'], pair['strong']['end_tokens'])}"),
         ]
     for label, text in lines:

@@ -67,7 +67,7 @@ class DensityRatioScorer:
 
     ```python
     scorer = DensityRatioScorer(strong="Qwen/Qwen2.5-0.5B-Instruct", weak="Qwen/Qwen2.5-0.5B")
-    [score] = scorer.score(["What is 2 + 2?"], [" 4"])
+    [score] = scorer.score([[{"role": "user", "content": "What is 2 + 2?"}]], ["4"])
     print(score.value, score.n_tokens)
     ```
     """

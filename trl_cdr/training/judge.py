@@ -53,7 +53,7 @@ class CDRJudge:
 
     ```python
     judge = CDRJudge(strong="Qwen/Qwen2.5-0.5B-Instruct", weak="Qwen/Qwen2.5-0.5B")
-    judge.judge(["What is 2 + 2?"], [[" 4", " 5"]])  # [0]: the first is better
+    judge.judge([[{"role": "user", "content": "What is 2 + 2?"}]], [["4", "5"]])  # [0]: the first is better
     ```
     """
 
