@@ -236,3 +236,33 @@ def test_parsed_message_is_scored_by_its_ids(pair, tokenizer):
     torch.testing.assert_close(rewards, [float(expected)] * 2, rtol=0, atol=1e-3)
     other = reward.scorer.score([PROMPTS[0]], [[messages[0]]])[0]  # without ids nobody knows how it was written
     assert "holds reasoning_content apart" in other.error
+
+
+@pytest.mark.parametrize("rows", [[False] * 4, [True, False, True, False]])
+def test_online_dpo_reads_the_data_sets_variables(rows, tmp_path, tokenizer, pair, caplog):
+    """It renders each prompt with the variables of its row; rows of one batch that differ are one warning."""
+    reward = make_reward(pair, tokenizer)
+    data = {"prompt": PROMPTS, "chat_template_kwargs": [{"enable_thinking": row} for row in rows]}
+    args = OnlineDPOConfig(
+        str(tmp_path), max_new_tokens=4, per_device_train_batch_size=4, max_steps=2, save_strategy="no", **TRAINING
+    )
+    trainer = OnlineDPOTrainer(
+        model=llama(len(tokenizer), seed=2, positions=2048),
+        reward_funcs=reward,
+        args=args,
+        train_dataset=Dataset.from_dict(data),
+        processing_class=tokenizer,
+    )
+    trainer.add_callback(CDRCallback(reward, trainer))
+    trainer.train()
+    told = [record.getMessage() for record in caplog.records if "differs between rows" in record.getMessage()]
+    assert len(told) == (len(set(rows)) - 1)
+    assert "other prompts" not in caplog.text
+    if not told:
+        prompts, completion_ids, rewards = reward.calls[0]
+        for prompt, ids, value in zip(prompts, completion_ids, rewards, strict=True):
+            prompt_ids = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=True, enable_thinking=False
+            )["input_ids"]
+            strong, weak = (completion_logps(model, prompt_ids, [int(id) for id in ids]).sum() for model in pair)
+            assert value == pytest.approx(float(strong - weak), abs=1e-3)

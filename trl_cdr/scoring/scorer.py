@@ -443,7 +443,7 @@ class DensityRatioScorer:
                 "shares_vocabulary": pair.shares_vocabulary,
                 "reads_alike": pair.reads_alike,
                 "gate": self.config.cdr_gate,
-                "chat_template_kwargs": self._source.conversations[0],
+                "chat_template_kwargs": self.conversations[0],
                 "string_prompts": string_meaning(self.config.cdr_string_prompts, has_template=pair.has_template),
                 "date": next(
                     (one for one in (pair.strong.encoder.written_date, pair.weak.encoder.written_date) if one), None
@@ -524,7 +524,12 @@ class DensityRatioScorer:
 
     def use_date(self, today: date) -> None:
         """Render chat templates with this date from now on."""
-        self._source.use_conversations(*self._source.conversations, today)
+        self._source.use_conversations(*self.conversations, today)
+
+    @property
+    def conversations(self) -> tuple[dict[str, Any] | None, list[Any] | None]:
+        """The variables and the tools with which chat templates are rendered."""
+        return self._source.conversations
 
     def use_conversations(self, template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None) -> None:
         """

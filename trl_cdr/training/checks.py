@@ -91,6 +91,9 @@ def compare_prompts(name: str, scorer: DensityRatioScorer, trainer: Any, prompts
     """
     if not scorer.ranks.holds_pair or not prompts:
         return
+    columns = getattr(getattr(trainer, "train_dataset", None), "column_names", None) or ()
+    if _compat.is_online_dpo(trainer.args) and "chat_template_kwargs" in columns:
+        return  # it renders each row with variables of its own
     prompts = list(prompts)
     expected = _compat.policy_prompt_ids(trainer, prompts)
     tokenizer = _compat.inner_tokenizer(trainer.processing_class)

@@ -103,6 +103,7 @@ class CDRReward:
                 f"criteria has several domains ({domains}), and nothing selects one. Pass router or domain."
             )
         self._observers: list[Callable[[], Callable[[Call], None] | None]] = []
+        self._has_warned = False
         self._met: weakref.ref[Any] | None = None
         # TRL < 1.9 reads __name__ unguarded, and every version shows it in its logs (trl#6313).
         self.__name__ = f"{self.config.cdr_name}_reward"
@@ -164,6 +165,8 @@ class CDRReward:
         trainer = _compat.trainer_behind(log_metric)
         if trainer is not None:
             self._meet(trainer, prompts)
+        elif "trainer_state" in columns:
+            self._take_variables(columns.get("chat_template_kwargs"))
         started, moved = time.perf_counter(), self.scorer.moving_seconds
         domains = None if self.scorer.router is None else self.scorer.router.read_column(columns)
         is_trainers = trainer is not None or "trainer_state" in columns  # then every process calls
@@ -261,6 +264,24 @@ class CDRReward:
         keepers[0].join(trainer)
         compare_prompts(self.__name__, self.scorer, trainer, prompts)
         self._met = weakref.ref(trainer)
+
+    def _take_variables(self, rows: Any) -> None:
+        """
+        Render prompts with the variables that a data set has for its rows, as online DPO does (GRPO and RLOO do not).
+        One call has one set of variables.
+        """
+        if not isinstance(rows, (list, tuple)) or not rows:
+            return
+        if all(row == rows[0] for row in rows):
+            self.scorer.use_conversations(rows[0], None)
+        elif not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s: the data set's column chat_template_kwargs differs between rows of one batch. Online DPO renders "
+                "each prompt with its own variables, and the pair reads all prompts with %s.",
+                self.__name__,
+                self.scorer.conversations[0],
+            )
 
     def _on_unscorable(self, trainer: Any) -> str:
         """`cdr_on_unscorable`, decided for this trainer (None where it is not known)."""
