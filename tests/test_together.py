@@ -62,7 +62,7 @@ def test_four_processes(launched, checkpoints):
     prompts = [f"prompt {number // 4}" for number in range(10)]
     completions = [f"hello {'world ' * number}" for number in range(10)]
     reward = CDRReward(**checkpoints)
-    expected = [score.value for score in reward.scorer.score(prompts, completions)]
+    expected = [score.value for score in reward.scorer.score(prompts, completions, in_trainer=True)]
     for replicas in ("rank", "node"):
         assert [len(rank[replicas]["scores"]) for rank in ranks] == [3, 0, 6, 1]
         scores = list(chain.from_iterable(rank[replicas]["scores"] for rank in ranks))

@@ -1,6 +1,7 @@
 """Trainers render prompts with variables and tools; the pair scores after the very same tokens."""
 
 import logging
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,20 @@ import trl
 from datasets import Dataset
 from oracle import completion_logps
 from packaging.version import Version
-from tiny import CHATML, THINKING, TRAINING, byte_tokenizer, chat, llama
+from tiny import CHATML, DATED, THINKING, TRAINING, byte_tokenizer, chat, llama
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-from trl_cdr import CDRCallback, CDRConfig, CDRReward, ConfigError, OnlinePreferenceConfig, OnlinePreferenceTrainer
+from trl_cdr import (
+    CDRCallback,
+    CDRConfig,
+    CDRReward,
+    ConfigError,
+    DensityRatioScorer,
+    OnlinePreferenceConfig,
+    OnlinePreferenceTrainer,
+)
+from trl_cdr.annotation.writers import load_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is:FutureWarning")
 PROMPTS = [chat("hello"), chat("what is this"), chat("the quick brown fox"), chat("system:be kind", "a lazy dog")]
@@ -266,3 +276,26 @@ def test_online_dpo_reads_the_data_sets_variables(rows, tmp_path, tokenizer, pai
             )["input_ids"]
             strong, weak = (completion_logps(model, prompt_ids, [int(id) for id in ids]).sum() for model in pair)
             assert value == pytest.approx(float(strong - weak), abs=1e-3)
+
+
+def test_tools_and_variables_are_pickled():
+    """Tools are kept as schemas: a function of a notebook can't be pickled."""
+    scorer = DensityRatioScorer("a", "b")
+    scorer.use_conversations({"enable_thinking": False}, [multiply])
+    kwargs, [schema] = pickle.loads(pickle.dumps(scorer)).conversations
+    assert kwargs == {"enable_thinking": False}
+    assert schema["function"]["name"] == "multiply"
+
+
+def test_annotate_writes_with_the_pairs_date(tmp_path):
+    """The policy's own prompt has the date of the run, not the clock's."""
+    tokenizer = byte_tokenizer(template=DATED)
+    folder = str(tmp_path / "model")
+    llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = CDRConfig(folder, folder, cdr_date="2026-11-29")
+    pair = DensityRatioScorer.from_config(config).load()
+    policy = load_policy(folder, config, pair)
+    ids = [member.encoder.prompt_ids(PROMPTS[0]) for member in (policy, pair.strong)]
+    assert ids[0] == ids[1]
+    assert "29 November 2026" in tokenizer.decode(ids[0])

@@ -38,7 +38,13 @@ IMPORTS = {
     "datasets.exceptions": ("DatasetsError",),
     "transformers.pytorch_utils": ("Conv1D",),
     "transformers.quantizers.auto": ("AutoQuantizationConfig",),
-    "transformers.utils": ("cached_file", "extract_commit_hash", "find_adapter_config_file", "logging"),
+    "transformers.utils": (
+        "cached_file",
+        "extract_commit_hash",
+        "find_adapter_config_file",
+        "get_json_schema",
+        "logging",
+    ),
     "transformers.utils.logging": ("disable_progress_bar", "enable_progress_bar"),
     "trl.experimental.cpo": ("CPOConfig", "CPOTrainer"),
     "trl.experimental.online_dpo": ("OnlineDPOConfig", "OnlineDPOTrainer"),
@@ -270,17 +276,19 @@ def policy_prompt_ids(trainer: Any, prompts: list[Any]) -> list[list[int]] | Non
         else:
             kwargs, tools = conversation_arguments(trainer)
             template = getattr(trainer, "chat_template", None)
-            ids = [
-                trainer.processing_class.apply_chat_template(
+            ids = []
+            for prompt in prompts:
+                continues = is_online_dpo(trainer.args) and prompt[-1]["role"] == "assistant"
+                rendered = trainer.processing_class.apply_chat_template(
                     prompt,
                     chat_template=template,
                     tools=tools,
-                    add_generation_prompt=True,
+                    add_generation_prompt=not continues,
+                    continue_final_message=continues,
                     return_dict=True,
                     **(kwargs or {}),
-                )["input_ids"]
-                for prompt in prompts
-            ]
+                )
+                ids.append(rendered["input_ids"])
         return [[int(id) for id in row] for row in ids]
     except Exception:  # images, other processors: whatever the method can't take
         return None

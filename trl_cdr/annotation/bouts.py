@@ -60,13 +60,14 @@ def score_completions(
     completions: Sequence[Completion],
     domains: Sequence[str | None] | None = None,
 ) -> list[Score]:
-    """Score completions, of which some may have token ids of the pair's."""
+    """Score completions as a trainer does: each follows the generation prompt. Some may have the pair's token ids."""
     return scorer.score(
         prompts,
         [one.text for one in completions],
         completion_ids=[one.ids or () for one in completions],
         finished=[one.finished for one in completions],
         domains=domains,
+        is_generated=[True] * len(completions),
     )
 
 

@@ -125,7 +125,8 @@ class Server:
                 f"server {self.shown!r} keeps {apart[0]} apart from the content, and the text as it was written is to "
                 "be scored. Start it without such a parser."
             )
-        return Completion(message["content"], {"stop": True, "length": False}.get(reason))
+        finished = {"stop": True, "length": False}.get(reason)
+        return Completion(message["content"], finished, is_generated=True)
 
 
 def _number(seed: str) -> int:

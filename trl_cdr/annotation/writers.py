@@ -11,6 +11,7 @@ A prompt is read once for all its completions.
 import hashlib
 import logging
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 from weakref import WeakSet
 
@@ -51,13 +52,6 @@ def load_policy(name: str, config: CDRConfig, pair: Pair, *, revision: str | Non
     init_kwargs: Any = config.cdr_model_init_kwargs
     source = find_model(name, "policy", revision=revision, init_kwargs=init_kwargs)
     tokenizer = load_tokenizer(config, source.tokenizer[0], "policy", revision=source.tokenizer[1])
-    encoder = Encoder(
-        tokenizer,
-        "policy",
-        chat_template=own_chat_template(tokenizer) or pair.strong.encoder.chat_template,
-        chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
-        add_special_tokens=config.cdr_add_special_tokens,
-    )
     lm = CausalLM.load(
         source.name,
         "policy",
@@ -66,6 +60,15 @@ def load_policy(name: str, config: CDRConfig, pair: Pair, *, revision: str | Non
         device=config.cdr_device,
         init_kwargs=init_kwargs,
         adapter=source.adapter,
+    )
+    encoder = Encoder(
+        tokenizer,
+        "policy",
+        chat_template=own_chat_template(tokenizer) or pair.strong.encoder.chat_template,
+        chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
+        today=None if config.cdr_date is None else date.fromisoformat(config.cdr_date),
+        add_special_tokens=config.cdr_add_special_tokens,
+        generation_ends=lm.end_ids,
     )
     return Member(lm, encoder, lm.num_positions)
 

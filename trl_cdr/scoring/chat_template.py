@@ -27,7 +27,18 @@ from .types import Unscorable
 _PROBE = "trl-cdr probe"
 _ANSWERS = ("trl-cdr answer", "an other answer of trl-cdr")
 # What `strftime` writes of a date; the time of day is midnight.
-_DIRECTIVES = ("-d", "-m", "-j", "-H", "-I", "-M", "-S", *"aAwdbBmyYHIpMSjUWcxXGuVeDF")
+_DIRECTIVES = ("-d", "-m", "-j", "-H", "-I", "-M", "-S", *"aAwdbBmyYHIpMSjUWcxXGuVeDFTRPkfzZnthCgl")
+_DAYS = (date(2001, 1, 1), date(2022, 12, 25))
+_TAG = r"<[^<>\s]+>|\[[^\[\]\s]+\]"
+_STRIPS: tuple[Callable[[str], str], ...] = (
+    str,
+    str.strip,
+    str.lstrip,
+    str.rstrip,
+    lambda text: text.lstrip("\n"),
+    lambda text: text.strip("\n"),
+    lambda text: text.rstrip("\n"),
+)
 # Fields in which templates look for the thoughts of an assistant's turn.
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 # What a template raises on messages that it does not take: its own refusals, and Python's on fields that are missing.
@@ -58,12 +69,28 @@ class Thoughts:
 
 
 @dataclass(frozen=True, slots=True)
+class Frame:
+    """
+    The text of one conversation around the place of its answer.
+
+    Attributes:
+        prompt (`str`): Everything up to and including the generation prompt. It starts with `header`.
+        header (`str`): Everything up to the start of the assistant's turn, without an opening of thoughts.
+        inserted (`str`): Text that the template writes between `header` and an answer without thoughts.
+    """
+
+    prompt: str
+    header: str
+    inserted: str
+
+
+@dataclass(frozen=True, slots=True)
 class Placed:
     """
     The text that a model reads before a completion, and the completion after it.
 
     Attributes:
-        generation_prompt (`str`): The part of `before` that the template shows to a model that is to answer.
+        generation_prompt (`str`): The text that the template shows to a model that is to answer.
         before (`str`): Everything before the completion.
         after (`str`): The completion; control tokens that the policy spelled out are guarded.
     """
@@ -93,7 +120,6 @@ class ChatTemplate:
         drops_users (`bool`): A user's turn does not reach the text.
         writes_date (`bool`): The text depends on today's date.
         thoughts (`Thoughts` or `None`): How it writes thoughts, if it can.
-        opens_thought (`bool`): The generation prompt ends inside a thought.
         closing (`str` or `None`): Text after an answer that ends the conversation; `None` if answers do not reach the
             text.
         next_turn (`str`): Text between an answer and the content of the user's turn after it.
@@ -115,22 +141,34 @@ class ChatTemplate:
         self.variables = dict(variables or {})
         self.tools = list(tools) if tools else None
         self.today = today
-        self._turns: dict[tuple[str, ...], str | None] = {}
-        self._last: tuple[list[dict[str, Any]], str, str] | None = None
+        self._dropped: dict[tuple[str, ...], str | None] = {}
+        self._last: tuple[list[dict[str, Any]], Frame] | None = None
         user, system = _turn("user", _PROBE), _turn("system", _PROBE)
         self.has_system_role = _PROBE in (self._find([system, _turn("user", "a")]) or "")
-        self.drops_users = _PROBE not in (self._find([user]) or _PROBE)
-        days = (date(2001, 1, 1), date(2022, 12, 25))
-        self.writes_date = len({self._find([user], today=day) for day in days}) > 1
+        shown = self._find([user])
+        self.drops_users = shown is not None and _PROBE not in shown
+        self.writes_date = any(
+            len({self._find(turns, today=day) for day in _DAYS}) > 1
+            for turns in ([user], [system, user], [user, _turn("assistant", "a"), user])
+        )
         self.closing, self.next_turn = self._find_closing()
         self.thoughts = self._find_thoughts()
-        prompt = self._find([_turn("user", "a")]) or ""
-        self.opens_thought = self.thoughts is not None and prompt.rstrip().endswith(self.thoughts.tag)
+        self._strip = self._find_strip()
+        # The frame of a short conversation, for those whose parts can't be told apart.
+        self._usual = Frame("", "", "")
+        if shown is not None and not self.drops_users:
+            self._usual = self._frame([user])
+        self._last = None
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """Everything on which the text depends, beside the tokenizer's special tokens."""
         return self.text, self.variables, self.tools, self.today if self.writes_date else None
+
+    @property
+    def opens_thought(self) -> bool:
+        """The generation prompt ends inside a thought."""
+        return self._is_open(self._usual.prompt)
 
     @property
     def has_switch(self) -> bool:
@@ -200,32 +238,21 @@ class ChatTemplate:
         Raises:
             Unscorable: the template refuses the conversation.
         """
-        prompt, before = self._render_both(messages)
+        frame = self._frame(messages)
         if is_generated or messages[-1]["role"] == "assistant":
-            return Placed(prompt, prompt, guard(answer))
-        start = _shared(prompt, before)
+            return Placed(frame.prompt, frame.prompt, guard(answer))
         thoughts = self.thoughts
         if thoughts is None:
-            return self._place_plain(prompt, before, start, answer, guard)
-        # The assistant's turn without any thought in it.
-        block = rf"{re.escape(thoughts.tag)}\s*({re.escape(thoughts.close)}\s*)?$"
-        header = re.sub(block, "", start).removesuffix(thoughts.lead)
-        is_open = prompt.rstrip().endswith(thoughts.tag)
-        if answer.lstrip().startswith(thoughts.tag):
-            lead = "" if thoughts.lead and answer.startswith(thoughts.lead) else thoughts.lead
-            space, written = _split_space(answer)
-            text = header + lead + answer
-            boundary = max(len(_shared(prompt, text)), len(header + lead))
-            ready = len(header + lead + space + thoughts.tag)
-            if boundary > ready:
-                after = written.removeprefix(thoughts.tag)[boundary - ready :]
-                return Placed(prompt, text[:boundary], _guard_thoughts(after, thoughts, guard))
-            after = _guard_thoughts(written.removeprefix(thoughts.tag), thoughts, guard)
-            return Placed(prompt, text[:boundary], text[boundary:ready] + after)
-        if thoughts.close in answer or (is_open and finished is False):
-            opened = prompt if is_open else header + thoughts.lead + thoughts.opening
-            return Placed(prompt, opened, _guard_thoughts(answer, thoughts, guard))
-        return self._place_plain(prompt, before, header, answer, guard)
+            return self._place_plain(frame, answer, finished, guard)
+        has_close = thoughts.close in answer
+        is_cut = finished is False
+        if answer.lstrip().startswith(thoughts.tag) and (has_close or is_cut):
+            return _place_own_thoughts(frame, thoughts, answer.lstrip(), guard)
+        is_open = self._is_open(frame.prompt)
+        if (is_open and (has_close or is_cut)) or (has_close and not self._writes(messages, frame, answer)):
+            opened = frame.prompt if is_open else frame.header + thoughts.lead + thoughts.opening
+            return Placed(frame.prompt, opened, _guard_thoughts(answer, thoughts, guard))
+        return self._place_plain(frame, answer, finished, guard)
 
     def turn_markers(self) -> set[str]:
         """
@@ -249,43 +276,81 @@ class ChatTemplate:
             markers -= {self.thoughts.tag, self.thoughts.close}
         return markers
 
-    def _place_plain(self, prompt: str, before: str, header: str, answer: str, guard: Callable[[str], str]) -> Placed:
+    def _place_plain(self, frame: Frame, answer: str, finished: bool | None, guard: Callable[[str], str]) -> Placed:
         """An answer without thoughts. If it repeats the text that the template inserts, it is used as written."""
-        space, inserted = _split_space(before[len(header) :])
+        space, inserted = _split_space(frame.inserted)
         if inserted.strip() and answer.lstrip().startswith(inserted.strip()):
-            own_space, written = _split_space(answer)
-            after = inserted.strip() + guard(written.removeprefix(inserted.strip()))
-            return Placed(prompt, header + (own_space or space), after)
-        return Placed(prompt, before, guard(answer))
+            written = answer.lstrip().removeprefix(inserted.strip())
+            return Placed(frame.prompt, frame.header + space, inserted.strip() + guard(written))
+        if finished is not False:  # else nobody knows how the answer goes on
+            answer = self._strip(answer)
+        return Placed(frame.prompt, frame.header + frame.inserted, guard(answer))
 
-    def _render_both(self, messages: list[dict[str, Any]]) -> tuple[str, str]:
-        """The prompt with its generation prompt, and the text that the template writes before an answer to it."""
+    def _is_open(self, prompt: str) -> bool:
+        """Return True if a text ends with the opening of thoughts."""
+        return self.thoughts is not None and prompt.rstrip().endswith(self.thoughts.tag)
+
+    def _writes(self, messages: Messages, frame: Frame, answer: str) -> bool:
+        """Return True if the template writes an answer as it is, after the text that it inserts before any answer."""
+        whole = self._find([*messages, _turn("assistant", answer)], is_whole=True) or ""
+        return answer in whole and whole.rpartition(answer)[0].endswith(frame.inserted)
+
+    def _frame(self, messages: list[dict[str, Any]]) -> Frame:
         if self._last is not None and self._last[0] == messages:  # completions of one prompt follow one another
-            return self._last[1:]
-        prompt = before = self.render(messages)
+            return self._last[1]
+        prompt = self.render(messages)
+        frame = Frame(prompt, prompt, "")
         if self.closing is not None and messages[-1]["role"] != "assistant":
             whole = self._find([*messages, _turn("assistant", _ANSWERS[0])], is_whole=True) or ""
-            if _ANSWERS[0] in whole:
-                before = whole.rpartition(_ANSWERS[0])[0]
-        self._last = messages, prompt, before
-        return prompt, before
+            before = whole.rpartition(_ANSWERS[0])[0]
+            shared = _shared(prompt, before)
+            if self._holds_conversation(shared, prompt, str(messages[-1]["content"]).strip()):
+                header = self._without_thoughts(shared)
+                frame = Frame(prompt, header, before[len(header) :])
+            else:  # with an answer the template writes the conversation in another way: the model reads `prompt`
+                opened = self._usual.prompt[len(self._usual.header) :]
+                frame = Frame(prompt, prompt.removesuffix(opened), self._usual.inserted)
+        self._last = messages, frame
+        return frame
+
+    def _holds_conversation(self, shared: str, prompt: str, last: str) -> bool:
+        """Return True if the start of a prompt goes beyond the last message's content."""
+        position = prompt.rfind(last) if last else -1
+        if position < 0:
+            return len(shared) >= len(prompt) - len(self._usual.prompt.rpartition(_PROBE)[2])
+        return len(shared) >= position + len(last)
+
+    def _without_thoughts(self, text: str) -> str:
+        """A text without an opening of thoughts, or empty thoughts, at its end."""
+        if self.thoughts is None:
+            return text
+        block = rf"({re.escape(self.thoughts.tag)}\s*)?({re.escape(self.thoughts.close)}\s*)?$"
+        bare = re.sub(block, "", text)
+        return text if bare == text else bare.removesuffix(self.thoughts.lead)
 
     def _find_dropped(self, messages: list[dict[str, Any]]) -> str | None:
         """Name the first turn whose content does not reach the text, if there is one."""
         roles = tuple(message["role"] for message in messages)
         is_plain = all(message.keys() <= {"role", "content"} for message in messages)
-        if is_plain and roles in self._turns:
-            return self._turns[roles]
-        contents = [f"{_PROBE} {index}." for index in range(len(messages))]
-        probes = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
-        text = self._find(probes)
+        if is_plain and roles in self._dropped:
+            return self._dropped[roles]
+        marks = [f"{_PROBE} {index}." for index in range(len(messages))]
+        rows = list(zip(messages, marks, strict=True))
+        probes = [
+            [{**message, "content": mark} for message, mark in rows],
+            # Some templates take contents of a certain form only.
+            [{**message, "content": f"{message['content']} {mark}"} for message, mark in rows],
+        ]
+        texts = [text for text in map(self._find, probes[:1]) if text is not None]
+        if not all(mark in text for text in texts for mark in marks) or not texts:
+            texts += [text for text in map(self._find, probes[1:]) if text is not None]
         dropped = None
-        for index, (role, content) in enumerate(zip(roles, contents, strict=True)):
-            if text is not None and content not in text:
+        for index, (role, mark) in enumerate(zip(roles, marks, strict=True)):
+            if texts and not any(mark in text for text in texts):
                 dropped = f"message {index} of the prompt, which has the role {role!r}"
                 break
         if is_plain:
-            self._turns[roles] = dropped
+            self._dropped[roles] = dropped
         return dropped
 
     def _find_closing(self) -> tuple[str | None, str]:
@@ -304,29 +369,34 @@ class ChatTemplate:
         following = text.rpartition(_ANSWERS[0])[2].partition(_PROBE)[0] if _ANSWERS[0] in text else ""
         return ends.pop(), following
 
+    def _find_strip(self) -> Callable[[str], str]:
+        """Return the function that the template applies to the white space around an answer."""
+        answer = f" \n{_ANSWERS[0]}\n "
+        whole = self._find([_turn("user", "a"), _turn("assistant", answer)], is_whole=True) or ""
+        plain = self._find([_turn("user", "a"), _turn("assistant", _ANSWERS[0])], is_whole=True) or ""
+        before, _, after = plain.partition(_ANSWERS[0])
+        for strip in _STRIPS:
+            if whole == before + strip(answer) + after:
+                return strip
+        return str
+
     def _find_thoughts(self) -> Thoughts | None:
-        """How thoughts are written, from a turn that has some; else from the generation prompt."""
+        """How thoughts are written: from a turn that has some, else from the text around a turn that has none."""
         user = _turn("user", "a")
         prompt = self._find([user])
         plain = self._find([user, _turn("assistant", _ANSWERS[0])], is_whole=True)
         if prompt is None or plain is None or _ANSWERS[0] not in plain:
             return None
-        for field in THOUGHT_FIELDS:
-            turn = {**_turn("assistant", _ANSWERS[0]), field: _PROBE}
+        turns: list[dict[str, Any]] = [{**_turn("assistant", _ANSWERS[0]), field: _PROBE} for field in THOUGHT_FIELDS]
+        parts = [{"type": "thinking", "thinking": _PROBE}, {"type": "text", "text": _ANSWERS[0]}]
+        turns.append({"role": "assistant", "content": parts})
+        for turn in turns:
             text = self._find([user, turn], is_whole=True) or ""
-            found = _read_thoughts(text, prompt)
+            is_listed = isinstance(turn["content"], list) and "type" in text.removeprefix(prompt)  # as Python writes it
+            found = None if is_listed else _read_thoughts(text, prompt)
             if found is not None:
                 return found
-        # The template leaves out thoughts of earlier turns. Its generation prompt, or an answer without, may hold tags.
-        before = plain.rpartition(_ANSWERS[0])[0]
-        start = _shared(prompt, before)
-        for rest in (prompt[len(start) :], before[len(start) :]):
-            words = rest.split()
-            if words and re.fullmatch(r"<\w+>|\[\w+\]", words[0]) and len(words) <= 2:
-                tag = words[0]
-                lead, opening = rest[: rest.index(tag)], rest[rest.index(tag) :].partition(f"{tag[0]}/")[0]
-                return Thoughts(lead, opening, f"{tag[0]}/{tag[1:]}")
-        return None
+        return _guess_thoughts(prompt, plain.rpartition(_ANSWERS[0])[0])
 
     def _find(self, messages: Messages, *, is_whole: bool = False, **changed: Any) -> str | None:
         """The text of a probe, or None if the template refuses it."""
@@ -375,13 +445,14 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def _shared(first: str, second: str) -> str:
-    """The longest text that both start with."""
+    """The longest text that both start with. It does not end within a tag: `<think>` and `</think>` share nothing."""
     length = 0
     for one, other in zip(first, second, strict=False):
         if one != other:
             break
         length += 1
-    return first[:length]
+    shared = first[:length]
+    return shared if length == min(len(first), len(second)) else re.sub(r"[<\[][^<>\[\]\s]*$", "", shared)
 
 
 def _split_space(text: str) -> tuple[str, str]:
@@ -399,10 +470,38 @@ def _read_thoughts(text: str, prompt: str) -> Thoughts | None:
         return None
     start = len(_shared(prompt, before))
     if before[start:].strip():
-        lead, _ = _split_space(before[start:])
-        return Thoughts(lead, before[start + len(lead) :], close)
-    word = re.search(r"\S+\s*$", before)
+        lead, opening = _split_space(before[start:])
+        return Thoughts(lead, opening, close)
+    word = re.search(rf"(?:{_TAG}|[^\s<>\[\]]+)\s*$", before)
     return None if word is None else Thoughts("", word[0], close)
+
+
+def _guess_thoughts(prompt: str, before: str) -> Thoughts | None:
+    """
+    How thoughts are written, from tags in the generation prompt, or in the text before an answer without thoughts.
+
+    The close of `<think>` is `</think>`, and that of `[THINK]` is `[/THINK]`.
+    """
+    start = len(_shared(prompt, before))
+    for rest, is_prompt in ((prompt[start:], True), (before[start:], False)):
+        found = re.match(r"(\s*)((?:<\w+>|\[\w+\])\s*)(</\w+>|\[/\w+\])?", rest)
+        if found is not None and (is_prompt or found[3]):
+            tag = found[2].rstrip()
+            return Thoughts(found[1], found[2], f"{tag[0]}/{tag[1:]}")
+    lone = re.search(r"(?:</\w+>|\[/\w+\])\s*$", prompt)
+    if lone is None:
+        return None
+    close = lone[0].rstrip()
+    return Thoughts("", close.replace("/", "", 1), close)
+
+
+def _place_own_thoughts(frame: Frame, thoughts: Thoughts, answer: str, guard: Callable[[str], str]) -> Placed:
+    """An answer that starts with the opening of thoughts. The part that is in the generation prompt is the prompt's."""
+    header = frame.header + thoughts.lead
+    in_prompt = max(len(_shared(frame.prompt, header + answer)) - len(header), 0)
+    tag_end = max(len(thoughts.tag), in_prompt)
+    after = answer[in_prompt:tag_end] + _guard_thoughts(answer[tag_end:], thoughts, guard)
+    return Placed(frame.prompt, header + answer[:in_prompt], after)
 
 
 def _guard_thoughts(text: str, thoughts: Thoughts, guard: Callable[[str], str]) -> str:

@@ -18,7 +18,7 @@ from .types import Completion, Message, Unscorable, shorten
 logger = logging.getLogger(__name__)
 
 # The bytes of a character are at most four: three of them, each decoded alone, are the most that can be broken.
-_BROKEN = re.compile("\ufffd{1,3}$")
+_BROKEN = re.compile("\ufffd{1,3}\\Z")
 
 # What a parsed response keeps beside its content: the policy wrote it, and scoring the rest alone would mislead.
 _APART = ("tool_calls", "reasoning_content", "reasoning", "thinking")
@@ -49,7 +49,8 @@ class CompletionReader:
         if policy_tokenizer is not None:
             policy: PreTrainedTokenizerBase = inner_tokenizer(policy_tokenizer)
             is_fast = getattr(policy, "is_fast", False)
-            ends = Encoder(policy, "policy").end_ids if is_fast else frozenset([policy.eos_token_id])
+            encoder = Encoder(policy, "policy", generation_ends=policy_ends) if is_fast else None
+            ends = frozenset([policy.eos_token_id]) if encoder is None else encoder.end_ids
             self._policy_end_ids = ends | frozenset(policy_ends)
             self._pad_ids.add(policy.pad_token_id)
             if vocabulary_hash(policy) == vocabulary_hash(self._encoder.tokenizer):

@@ -14,7 +14,7 @@ tokenizes, `causal_lm` runs the rows that come out. A row, and the shift by one:
 puts between its generation prompt and an answer (an empty thought, a channel) belongs to the prompt.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from hashlib import sha256
@@ -121,6 +121,10 @@ class Encoder:
         self._role = role
         self._settings = {"add_special_tokens": add_special_tokens, "generation_ends": frozenset(generation_ends)}
         text = chat_template or own_chat_template(tokenizer)
+        self._given_template = text
+        named = tokenizer.chat_template
+        if tools and isinstance(named, Mapping) and text == named.get("default"):
+            text = named.get("tool_use", text)  # as `apply_chat_template` does
         self.template = (
             None
             if text is None
@@ -177,7 +181,7 @@ class Encoder:
         return Encoder(
             self.tokenizer,
             self._role,
-            chat_template=self.chat_template,
+            chat_template=self._given_template,
             chat_template_kwargs=chat_template_kwargs,
             tools=tools,
             today=today,
@@ -275,9 +279,10 @@ class Encoder:
                 f"{self._role}_tokenizer has no chat template, nor has its partner, and the prompt is a conversation. "
                 "Pass cdr_chat_template, the path of a Jinja file, or use string prompts."
             )
-        guarded = self._needs_guard([*(message["content"] for message in messages), text])
+        guarded = self._needs_guard([*_strings(messages), text])
         guard: Callable[[str], str] = self.offsets.guard if guarded else str
-        messages = [{**message, "content": guard(message["content"])} for message in messages]
+        if guarded:
+            messages = _change_strings(messages, guard)
         placed = self.template.place(
             self.template.check(messages),
             text,
@@ -344,23 +349,24 @@ class Encoder:
         """
         The text that ends an assistant's turn, and the id of its last token; else the end of text.
 
-        Some templates (GLM's) write no end: the marker of the next turn ends the turn, as the generation config says.
+        Some templates (GLM's) write no end: the marker of the next turn ends the turn if the generation config names
+        it. Without a generation config the template is the only source.
         """
         nothing = "", self._end_of_text_id
         if self.template is None or self.template.closing is None:
             return nothing
         ends = {*generation_ends, self._end_of_text_id}
-        space, controls = self.offsets.leading_controls(self.template.closing)
+        before, controls = self.offsets.first_controls(self.template.closing)
         if not controls:
-            space, controls = self.offsets.leading_controls(self.template.next_turn)
-            first = self.tokenizer.convert_tokens_to_ids(controls[0]) if controls else None
-            is_end = first in generation_ends if generation_ends else first != self.tokenizer.bos_token_id
-            if first is None or not is_end:
+            before, controls = self.offsets.first_controls(self.template.next_turn)
+            if not controls or before.strip():
                 return nothing
-            return space + controls[0], first
+            first = int(self.tokenizer.convert_tokens_to_ids(controls[0]))
+            is_end = first in generation_ends if generation_ends else first != self.tokenizer.bos_token_id
+            return (before + controls[0], first) if is_end else nothing
         ids = [int(self.tokenizer.convert_tokens_to_ids(token)) for token in controls]
         length = next((place for place, id in enumerate(ids, start=1) if id in ends), len(ids))
-        return space + "".join(controls[:length]), ids[length - 1]
+        return before + "".join(controls[:length]), ids[length - 1]
 
 
 def own_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -382,6 +388,29 @@ def read_messages(prompt: Any) -> list[dict[str, Any]]:
         content = read_text(message.get("content"), f"the content of message {index} of the prompt")
         messages.append({**message, "content": content})
     return messages
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings of a message and of its fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _strings(entry)
+    elif isinstance(value, Sequence):
+        for entry in value:
+            yield from _strings(entry)
+
+
+def _change_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a message, or of a field, with all strings changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _change_strings(entry, change) for name, entry in value.items()}
+    if isinstance(value, Sequence):
+        return [_change_strings(entry, change) for entry in value]
+    return value
 
 
 def _is_text_part(part: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import get_json_schema
 
 from ..config import CDRConfig, choose_template_kwargs, is_served
 from ..errors import ConfigError
@@ -104,7 +105,9 @@ class PairSource:
         chosen = choose_template_kwargs(own, template_kwargs)
         with self.lock:
             before = self._template_kwargs, self._tools, self.today
-            self._template_kwargs, self._tools = chosen, list(tools) if tools else None
+            # As schemas, which can be compared and pickled.
+            self._tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools or ()] or None
+            self._template_kwargs = chosen
             self.today = today or self.today
             if self._pair is not None and before != (self._template_kwargs, self._tools, self.today):
                 self._pair = self._pair.adapt(self._template_kwargs, self._tools, self.today)
@@ -181,14 +184,15 @@ class PairSource:
             self.turns.clear()
             clear_device_cache(garbage_collection=True)
 
-    def __getstate__(self) -> tuple[dict[str, Any], date]:
+    def __getstate__(self) -> tuple[dict[str, Any], tuple[Any, ...]]:
         models = {role: None if isinstance(model, nn.Module) else model for role, model in self._models.items()}
-        return {"config": self.config, "models": models, "tokenizers": self._tokenizers}, self.today
+        arguments = {"config": self.config, "models": models, "tokenizers": self._tokenizers}
+        return arguments, (*self.conversations, self.today)
 
-    def __setstate__(self, state: tuple[dict[str, Any], date]) -> None:
-        arguments, today = state
+    def __setstate__(self, state: tuple[dict[str, Any], tuple[Any, ...]]) -> None:
+        arguments, (template_kwargs, tools, today) = state
         self.__init__(**arguments)  # type: ignore[misc]
-        self.today = today
+        self._template_kwargs, self._tools, self.today = template_kwargs, tools, today
 
 
 def check_sources(

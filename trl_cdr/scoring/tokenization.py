@@ -94,15 +94,17 @@ class OffsetTokenizer:
         """Spell marks as control tokens again."""
         return self._marks.sub(lambda match: self._other_spelling[match[0]], text)
 
-    def leading_controls(self, text: str) -> tuple[str, list[str]]:
-        """White space that a text starts with, and the control tokens that follow it without a gap."""
-        rest = text.lstrip()
+    def first_controls(self, text: str) -> tuple[str, list[str]]:
+        """The text before the first control token, and the control tokens from there on that follow without a gap."""
+        first = self._spelled.search(text)
+        if first is None:
+            return text, []
         controls = []
-        position = 0
-        while match := self._spelled.match(rest, position):
+        position = first.start()
+        while match := self._spelled.match(text, position):
             controls.append(match[0])
             position = match.end()
-        return text[: len(text) - len(rest)], controls
+        return text[: first.start()], controls
 
     def tokenize(self, before: str, after: str, *, guarded: bool = False) -> Tokens:
         """

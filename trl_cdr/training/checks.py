@@ -94,7 +94,8 @@ def compare_prompts(name: str, scorer: DensityRatioScorer, trainer: Any, prompts
     columns = getattr(getattr(trainer, "train_dataset", None), "column_names", None) or ()
     if _compat.is_online_dpo(trainer.args) and "chat_template_kwargs" in columns:
         return  # it renders each row with variables of its own
-    prompts = list(prompts)
+    has_environments = getattr(trainer, "environment_factories", None) is not None  # tools for each row of the batch
+    prompts = list(prompts) if has_environments else list(prompts)[:_COMPARED]
     expected = _compat.policy_prompt_ids(trainer, prompts)
     tokenizer = _compat.inner_tokenizer(trainer.processing_class)
     if expected is None or len(expected) != len(prompts):
@@ -107,7 +108,7 @@ def compare_prompts(name: str, scorer: DensityRatioScorer, trainer: Any, prompts
         for role, member in members.items():
             if vocabulary_hash(member.encoder.tokenizer) != vocabulary:
                 continue
-            for prompt, policy_ids in zip(read[:_COMPARED], expected, strict=False):
+            for prompt, policy_ids in zip(read, expected, strict=True):
                 difference = _describe_difference(member.encoder, role, prompt, policy_ids)
                 if difference is not None:
                     differences.append(difference)
