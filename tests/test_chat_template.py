@@ -214,9 +214,11 @@ STYLES = {
     # Hunyuan: a tag around the answer
     "answer tag": USER + "<answer>\n{{ m.content }}\n</answer>" + END + "{% endif %}",
     # Mistral: the system text goes into the last user turn, which is last only in the generation prompt
-    "late system": "{% for m in messages %}{% if m.role == 'user' %}<U>"
-    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ m.content }}<I>{% elif m.role == 'assistant' %}{{ m.content }}<E>"
-    "{% endif %}{% endfor %}",
+    "late system": (
+        "{% for m in messages %}{% if m.role == 'user' %}<U>"
+        "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ m.content }}<I>"
+        "{% elif m.role == 'assistant' %}{{ m.content }}<E>{% endif %}{% endfor %}"
+    ),
     # Llama 3: answers are stripped
     "strips": USER + "{{ m.content | trim }}" + END + "{% endif %}",
     # Magistral: thoughts as parts of the content

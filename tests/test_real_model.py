@@ -179,6 +179,7 @@ def test_role_is_read_or_refused(pair, role):
         assert f"message 1 of the prompt, which has the role {role!r}" in first.error
 
 
+@pytest.mark.slow
 def test_date_that_changes_within_a_run(pair, smollm_folder, tmp_path):
     """Two shards, scored on two days, have the first day's date."""
     own = AutoTokenizer.from_pretrained(smollm_folder).chat_template
