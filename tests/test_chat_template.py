@@ -9,6 +9,7 @@ from trl_cdr.scoring.chat_template import ChatTemplate
 from trl_cdr.scoring.encoding import Encoder
 from trl_cdr.scoring.types import Completion, Unscorable
 
+pytestmark = pytest.mark.compat  # transformers renders
 # GLM's: no end of a turn but the marker of the next one.
 NEXT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"

@@ -24,9 +24,13 @@ from trl_cdr import (
     OnlinePreferenceConfig,
     OnlinePreferenceTrainer,
 )
+from trl_cdr._compat import policy_prompt_ids
 from trl_cdr.annotation.writers import load_policy
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is:FutureWarning")
+pytestmark = [
+    pytest.mark.compat,
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is:FutureWarning"),
+]
 PROMPTS = [chat("hello"), chat("what is this"), chat("the quick brown fox"), chat("system:be kind", "a lazy dog")]
 KINDS = {
     "grpo": (GRPOConfig, GRPOTrainer),
@@ -83,7 +87,7 @@ def assert_policys_prompts(trainer, reward, pair):
     strong, weak = pair
     assert reward.calls
     for prompts, completion_ids, rewards in reward.calls:
-        policy_ids = trainer._tokenize_prompts(list(prompts))[0]
+        policy_ids = policy_prompt_ids(trainer, list(prompts))
         for prompt_ids, ids, reward_ in zip(policy_ids, completion_ids, rewards, strict=True):
             ids = [int(id) for id in ids]
             expected = completion_logps(strong, prompt_ids, ids).sum() - completion_logps(weak, prompt_ids, ids).sum()
@@ -97,7 +101,7 @@ def test_rewards_after_the_policys_prompt(name, thinking, tmp_path, tokenizer, p
     trainer = make_trainer(name, tmp_path, reward, tokenizer, chat_template_kwargs={"enable_thinking": thinking})
     trainer.train()
     assert_policys_prompts(trainer, reward, pair)
-    shown = tokenizer.decode(trainer._tokenize_prompts([PROMPTS[0]])[0][0])
+    shown = tokenizer.decode(policy_prompt_ids(trainer, [PROMPTS[0]])[0])
     assert shown.endswith("</think>\n\n") is not thinking
     assert "other prompts" not in caplog.text
 
@@ -125,7 +129,7 @@ def test_rewards_after_the_policys_prompt_with_tools(name, thinking, tmp_path, p
     options = {"chat_template_kwargs": {"enable_thinking": thinking}}
     trainer = make_trainer(name, tmp_path, reward, tokenizer, tools=[multiply], **options)
     trainer.train()
-    assert "Multiply two numbers" in tokenizer.decode(trainer._tokenize_prompts([PROMPTS[0]])[0][0])
+    assert "Multiply two numbers" in tokenizer.decode(policy_prompt_ids(trainer, [PROMPTS[0]])[0])
     assert_policys_prompts(trainer, reward, pair)
     assert "other prompts" not in caplog.text
 

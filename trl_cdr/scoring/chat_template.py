@@ -1,7 +1,7 @@
-"""Conversation -> text, by a chat template, and what the template writes around an answer.
+"""Render a conversation with a chat template, and place an answer in the text that the template writes around answers.
 
 Knows no token id and no boundary in tokens: `encoding` tokenizes. Everything here is learnt from the template's own
-output for short conversations, so that it holds for templates that nobody has seen:
+output for short conversations, so that it holds for new templates too:
 
     [user]                          ...<|im_start|>assistant\\n                              the generation prompt
     [user, answer]                  ...<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n4<|im_end|>\\n
@@ -13,7 +13,6 @@ output for short conversations, so that it holds for templates that nobody has s
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
 from typing import Any
@@ -22,14 +21,24 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
+from .thoughts import (
+    Frame,
+    Placed,
+    Thoughts,
+    guard_thoughts,
+    guess_thoughts,
+    place_own_thoughts,
+    read_thoughts,
+    shared_start,
+    split_space,
+)
 from .types import Unscorable
 
 _PROBE = "trl-cdr probe"
 _ANSWERS = ("trl-cdr answer", "an other answer of trl-cdr")
-# What `strftime` writes of a date; the time of day is midnight.
+# Directives of `strftime`. The time of day is midnight.
 _DIRECTIVES = ("-d", "-m", "-j", "-H", "-I", "-M", "-S", *"aAwdbBmyYHIpMSjUWcxXGuVeDFTRPkfzZnthCgl")
 _DAYS = (date(2001, 1, 1), date(2022, 12, 25))
-_TAG = r"<[^<>\s]+>|\[[^\[\]\s]+\]"
 _STRIPS: tuple[Callable[[str], str], ...] = (
     str,
     str.strip,
@@ -41,63 +50,10 @@ _STRIPS: tuple[Callable[[str], str], ...] = (
 )
 # Fields in which templates look for the thoughts of an assistant's turn.
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
-# What a template raises on messages that it does not take: its own refusals, and Python's on fields that are missing.
+# Errors of a template on messages that it does not take: its own refusals, and Python's on missing fields.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError)
 
 Messages = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Thoughts:
-    """
-    How a template writes the thoughts before an answer.
-
-    Attributes:
-        lead (`str`): White space after the generation prompt, before `opening`.
-        opening (`str`): Text before the thoughts, such as `"<think>\\n"`.
-        close (`str`): Text between thoughts and answer, without white space around it, such as `"</think>"`.
-    """
-
-    lead: str
-    opening: str
-    close: str
-
-    @property
-    def tag(self) -> str:
-        """The opening without white space at its end."""
-        return self.opening.rstrip()
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """
-    The text of one conversation around the place of its answer.
-
-    Attributes:
-        prompt (`str`): Everything up to and including the generation prompt. It starts with `header`.
-        header (`str`): Everything up to the start of the assistant's turn, without an opening of thoughts.
-        inserted (`str`): Text that the template writes between `header` and an answer without thoughts.
-    """
-
-    prompt: str
-    header: str
-    inserted: str
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """
-    The text that a model reads before a completion, and the completion after it.
-
-    Attributes:
-        generation_prompt (`str`): The text that the template shows to a model that is to answer.
-        before (`str`): Everything before the completion.
-        after (`str`): The completion; control tokens that the policy spelled out are guarded.
-    """
-
-    generation_prompt: str
-    before: str
-    after: str
 
 
 class ChatTemplate:
@@ -154,7 +110,7 @@ class ChatTemplate:
         self.closing, self.next_turn = self._find_closing()
         self.thoughts = self._find_thoughts()
         self._strip = self._find_strip()
-        # The frame of a short conversation, for those whose parts can't be told apart.
+        # The frame of a short conversation. It is used for conversations in which the parts can't be found.
         self._usual = Frame("", "", "")
         if shown is not None and not self.drops_users:
             self._usual = self._frame([user])
@@ -188,7 +144,7 @@ class ChatTemplate:
         if self.drops_users:
             raise ConfigError(
                 f"the chat template of {self._role} leaves out what the user says: every prompt would read alike. It "
-                "may be one for images, or misspell content. Pass another by cdr_chat_template."
+                "may be a template for images, or misspell content. Pass another template by cdr_chat_template."
             )
         if messages[0]["role"] == "system" and not self.has_system_role:
             # Gemma 2 and early Mistral refuse it, other templates pass over it: its text goes into the first turn.
@@ -233,7 +189,7 @@ class ChatTemplate:
             answer (`str`): The completion's text.
             is_generated (`bool`): A model wrote it right after the generation prompt.
             finished (`bool` or `None`): See `Completion`.
-            guard (`Callable`): What is done to text that the policy wrote.
+            guard (`Callable`): Applied to text that the policy wrote.
 
         Raises:
             Unscorable: the template refuses the conversation.
@@ -247,11 +203,11 @@ class ChatTemplate:
         has_close = thoughts.close in answer
         is_cut = finished is False
         if answer.lstrip().startswith(thoughts.tag) and (has_close or is_cut):
-            return _place_own_thoughts(frame, thoughts, answer.lstrip(), guard)
+            return place_own_thoughts(frame, thoughts, answer.lstrip(), guard)
         is_open = self._is_open(frame.prompt)
         if (is_open and (has_close or is_cut)) or (has_close and not self._writes(messages, frame, answer)):
             opened = frame.prompt if is_open else frame.header + thoughts.lead + thoughts.opening
-            return Placed(frame.prompt, opened, _guard_thoughts(answer, thoughts, guard))
+            return Placed(frame.prompt, opened, guard_thoughts(answer, thoughts, guard))
         return self._place_plain(frame, answer, finished, guard)
 
     def turn_markers(self) -> set[str]:
@@ -278,11 +234,11 @@ class ChatTemplate:
 
     def _place_plain(self, frame: Frame, answer: str, finished: bool | None, guard: Callable[[str], str]) -> Placed:
         """An answer without thoughts. If it repeats the text that the template inserts, it is used as written."""
-        space, inserted = _split_space(frame.inserted)
+        space, inserted = split_space(frame.inserted)
         if inserted.strip() and answer.lstrip().startswith(inserted.strip()):
             written = answer.lstrip().removeprefix(inserted.strip())
             return Placed(frame.prompt, frame.header + space, inserted.strip() + guard(written))
-        if finished is not False:  # else nobody knows how the answer goes on
+        if finished is not False:  # a cut answer goes on: the white space at its end is part of it
             answer = self._strip(answer)
         return Placed(frame.prompt, frame.header + frame.inserted, guard(answer))
 
@@ -303,7 +259,7 @@ class ChatTemplate:
         if self.closing is not None and messages[-1]["role"] != "assistant":
             whole = self._find([*messages, _turn("assistant", _ANSWERS[0])], is_whole=True) or ""
             before = whole.rpartition(_ANSWERS[0])[0]
-            shared = _shared(prompt, before)
+            shared = shared_start(prompt, before)
             if self._holds_conversation(shared, prompt, str(messages[-1]["content"]).strip()):
                 header = self._without_thoughts(shared)
                 frame = Frame(prompt, header, before[len(header) :])
@@ -393,10 +349,10 @@ class ChatTemplate:
         for turn in turns:
             text = self._find([user, turn], is_whole=True) or ""
             is_listed = isinstance(turn["content"], list) and "type" in text.removeprefix(prompt)  # as Python writes it
-            found = None if is_listed else _read_thoughts(text, prompt)
+            found = None if is_listed else read_thoughts(text, prompt, thought=_PROBE, answer=_ANSWERS[0])
             if found is not None:
                 return found
-        return _guess_thoughts(prompt, plain.rpartition(_ANSWERS[0])[0])
+        return guess_thoughts(prompt, plain.rpartition(_ANSWERS[0])[0])
 
     def _find(self, messages: Messages, *, is_whole: bool = False, **changed: Any) -> str | None:
         """The text of a probe, or None if the template refuses it."""
@@ -442,69 +398,3 @@ def _with_date(template: str, today: date) -> str:
 
 def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-def _shared(first: str, second: str) -> str:
-    """The longest text that both start with. It does not end within a tag: `<think>` and `</think>` share nothing."""
-    length = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        length += 1
-    shared = first[:length]
-    return shared if length == min(len(first), len(second)) else re.sub(r"[<\[][^<>\[\]\s]*$", "", shared)
-
-
-def _split_space(text: str) -> tuple[str, str]:
-    """White space at the start of a text, and the rest."""
-    rest = text.lstrip()
-    return text[: len(text) - len(rest)], rest
-
-
-def _read_thoughts(text: str, prompt: str) -> Thoughts | None:
-    """How thoughts are written, from a whole conversation with the probe as thoughts before the first answer."""
-    before, is_there, after = text.partition(_PROBE)
-    between, is_answered, _ = after.partition(_ANSWERS[0])
-    close = between.strip()
-    if not is_there or not is_answered or not close:
-        return None
-    start = len(_shared(prompt, before))
-    if before[start:].strip():
-        lead, opening = _split_space(before[start:])
-        return Thoughts(lead, opening, close)
-    word = re.search(rf"(?:{_TAG}|[^\s<>\[\]]+)\s*$", before)
-    return None if word is None else Thoughts("", word[0], close)
-
-
-def _guess_thoughts(prompt: str, before: str) -> Thoughts | None:
-    """
-    How thoughts are written, from tags in the generation prompt, or in the text before an answer without thoughts.
-
-    The close of `<think>` is `</think>`, and that of `[THINK]` is `[/THINK]`.
-    """
-    start = len(_shared(prompt, before))
-    for rest, is_prompt in ((prompt[start:], True), (before[start:], False)):
-        found = re.match(r"(\s*)((?:<\w+>|\[\w+\])\s*)(</\w+>|\[/\w+\])?", rest)
-        if found is not None and (is_prompt or found[3]):
-            tag = found[2].rstrip()
-            return Thoughts(found[1], found[2], f"{tag[0]}/{tag[1:]}")
-    lone = re.search(r"(?:</\w+>|\[/\w+\])\s*$", prompt)
-    if lone is None:
-        return None
-    close = lone[0].rstrip()
-    return Thoughts("", close.replace("/", "", 1), close)
-
-
-def _place_own_thoughts(frame: Frame, thoughts: Thoughts, answer: str, guard: Callable[[str], str]) -> Placed:
-    """An answer that starts with the opening of thoughts. The part that is in the generation prompt is the prompt's."""
-    header = frame.header + thoughts.lead
-    in_prompt = max(len(_shared(frame.prompt, header + answer)) - len(header), 0)
-    tag_end = max(len(thoughts.tag), in_prompt)
-    after = answer[in_prompt:tag_end] + _guard_thoughts(answer[tag_end:], thoughts, guard)
-    return Placed(frame.prompt, header + answer[:in_prompt], after)
-
-
-def _guard_thoughts(text: str, thoughts: Thoughts, guard: Callable[[str], str]) -> str:
-    """Guard thoughts and answer, not the text that the template writes between them."""
-    inside, close, answer = text.partition(thoughts.close)
-    return guard(inside) + close + guard(answer)
