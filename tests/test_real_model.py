@@ -151,32 +151,31 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_completion_cut_inside_a_character(pair, tokenizer, exact, script):
-    """The rest of the last character is not scored, nor the token that it would be."""
-    ids = tokenizer(SCRIPTS[script], add_special_tokens=False).input_ids
-    length = next(n for n in range(len(ids) - 1, 0, -1) if tokenizer.decode(ids[:n]).endswith("\ufffd"))
-    text = tokenizer.decode(ids[:length])
-    kept = text.rstrip("\ufffd")
+def test_completions_cut_inside_a_character(pair, tokenizer, exact):
+    """In four scripts: the rest of the last character is not scored, nor the token that it would be."""
     scorer = DensityRatioScorer(**pair, gate="none")
-    [cut] = scorer.score(PROMPTS[:1], [text], finished=[False])
     rendered = tokenizer.apply_chat_template(PROMPTS[0], tokenize=False, add_generation_prompt=True)
-    prompt_ids, kept_ids = split_text(tokenizer, rendered, kept, "")
-    assert cut.strong_logps == pytest.approx(float(completion_logps(exact, prompt_ids, kept_ids).sum()), abs=2e-3)
-    [written] = scorer.score(PROMPTS[:1], [text], finished=[True])
-    assert written.n_tokens > cut.n_tokens + 1  # the character U+FFFD, and the end of the turn
+    for whole in SCRIPTS.values():
+        ids = tokenizer(whole, add_special_tokens=False).input_ids
+        length = next(n for n in range(len(ids) - 1, 0, -1) if tokenizer.decode(ids[:n]).endswith("\ufffd"))
+        text = tokenizer.decode(ids[:length])
+        cut, written = scorer.score(PROMPTS[:1] * 2, [text] * 2, finished=[False, True])
+        prompt_ids, kept_ids = split_text(tokenizer, rendered, text.rstrip("\ufffd"), "")
+        expected = completion_logps(exact, prompt_ids, kept_ids).sum()
+        assert cut.strong_logps == pytest.approx(float(expected), abs=2e-3)
+        assert written.n_tokens > cut.n_tokens + 1  # the character U+FFFD, and the end of the turn
 
 
-@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool", "critic"])
-def test_role_is_read_or_refused(pair, role):
+def test_roles_are_read_or_refused(pair):
     """Two conversations that differ in one turn have different scores, or that turn is named."""
     scorer = DensityRatioScorer(**pair, gate="none")
-    prompts = [[*PROMPTS[0], {"role": role, "content": content}, *PROMPTS[1]] for content in ("Rome.", "Paris.")]
-    first, second = scorer.score(prompts, [COMPLETIONS[0]] * 2)
-    if first.error is None:
-        assert abs(first.strong_logps - second.strong_logps) > 1e-3
-    else:
-        assert f"message 1 of the prompt, which has the role {role!r}" in first.error
+    for role in ("system", "developer", "user", "assistant", "tool", "critic"):
+        prompts = [[*PROMPTS[0], {"role": role, "content": content}, *PROMPTS[1]] for content in ("Rome.", "Paris.")]
+        first, second = scorer.score(prompts, [COMPLETIONS[0]] * 2)
+        if first.error is None:
+            assert abs(first.strong_logps - second.strong_logps) > 1e-3
+        else:
+            assert f"message 1 of the prompt, which has the role {role!r}" in first.error
 
 
 @pytest.mark.slow
