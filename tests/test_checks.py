@@ -1,5 +1,8 @@
 """What is found out before the first step: a name that two rewards have, a column that names no domains."""
 
+import copy
+import shutil
+
 import pytest
 from datasets import Dataset, IterableDataset
 from tiny import TRAINING, chat, llama
@@ -112,3 +115,38 @@ def test_no_step_is_made(name, has_callback, tmp_path, checkpoints, tokenizer):
     with pytest.raises(InputError, match="router is 'column:kind', and in train_dataset the domain 'law' is not among"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def same(checkpoints, strong, tokenizer, tmp_path):
+    """Pairs of one set of weights: by a name twice, by a copy of the folder, as objects."""
+    folder = shutil.copytree(checkpoints["strong"], tmp_path / "copy")
+    tokenizers = {"strong_tokenizer": tokenizer, "weak_tokenizer": tokenizer}
+    yield CDRReward(checkpoints["strong"], checkpoints["strong"])
+    yield CDRReward(checkpoints["strong"], folder)
+    yield CDRReward(strong, copy.deepcopy(strong), **tokenizers)
+    yield CDRReward(strong, checkpoints["strong"], **tokenizers)
+
+
+@pytest.mark.parametrize("has_callback", [True, False])
+def test_equal_models_raise_in_a_trainer(has_callback, checkpoints, strong, tokenizer, tmp_path):
+    for reward in same(checkpoints, strong, tokenizer, tmp_path):
+        assert reward([chat("hello")], ["a"])[0] <= 0  # outside trainers nothing learns from it
+        trainer = GRPOTrainer(
+            model=llama(len(tokenizer), seed=2),
+            reward_funcs=reward,
+            args=GRPOConfig(
+                str(tmp_path / "out"),
+                beta=0.0,
+                num_generations=2,
+                per_device_train_batch_size=2,
+                max_steps=1,
+                max_completion_length=4,
+                **TRAINING,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": [chat("hello")] * 2}),
+            processing_class=tokenizer,
+        )
+        if has_callback:
+            trainer.add_callback(CDRCallback(reward, trainer))
+        with pytest.raises(ConfigError, match="have the same weights: every log-ratio is 0.* Pass two models"):
+            trainer.train()

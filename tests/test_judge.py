@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny import TRAINING, answer, chat, llama
 
 from trl_cdr import CDRConfig, CDRJudge, CDRReward, ConfigError, InputError, UnscorableError
+from trl_cdr._compat import has_judges
 from trl_cdr.training.judge import best_first, better, read_rendered, win_probability
 
 PROMPTS = [chat("hello"), chat("system:be brief", "what is this", "a fox", "and that")]
@@ -37,8 +38,11 @@ def judge(reward):
 
 
 def rewards_of(reward, prompts, groups):
-    """Each completion by itself."""
-    return [[reward([prompt], [text])[0] for text in group] for prompt, group in zip(prompts, groups, strict=True)]
+    """Each completion by itself. In a TRL with judges a string is what the trainer's policy reads."""
+    host = {"trainer_state": None} if has_judges() else {}
+    return [
+        [reward([prompt], [text], **host)[0] for text in group] for prompt, group in zip(prompts, groups, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("is_text", [False, True])

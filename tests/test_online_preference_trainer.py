@@ -795,3 +795,60 @@ def test_two_processes_are_one_with_twice_the_batch(strategy, tmp_path, policy):
                 assert right[name] == pytest.approx(value, abs=2e-4, rel=1e-4), name
         for name, weight in one["weights"].items():
             torch.testing.assert_close(weight, two["weights"][name], rtol=0, atol=1e-5)
+
+
+def test_best_random_draws_anew_in_each_micro_batch(tmp_path, policy, tokenizer):
+    """With gradient accumulation a step generates several times: each generation has draws of its own."""
+    drawn = []
+
+    class Draws(OnlinePreferenceTrainer):
+        def _select(self, rewards, truncated, *, first_group):
+            pairs = super()._select(rewards, truncated, first_group=first_group)
+            drawn.append((self.state.global_step, tuple(pair.rejected for pair in pairs)))
+            return pairs
+
+    options = {"pair_strategy": "best_random", "gradient_accumulation_steps": 8, "steps_per_generation": 1}
+    options |= {"per_device_train_batch_size": 16, "num_generations": 16, "max_steps": 2}
+
+    def by_place(prompts, completions, **kwargs):
+        return [float(place) for place in range(len(prompts))]
+
+    runs = []
+    for _ in range(2):
+        drawn.clear()
+        make(tmp_path, policy, tokenizer, by_place, kind=Draws, prompts=WORDS * 8, **options).train()
+        runs.append(list(drawn))
+    assert [step for step, _ in runs[0]] == [0] * 8 + [1] * 8
+    assert len({draws for step, draws in runs[0] if step == 0}) > 2
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("order", [("long", "short"), ("short", "long")])
+def test_several_evaluation_sets_have_metrics_each(order, tmp_path, policy, tokenizer):
+    """And the one that is named decides on the best checkpoint, whatever their order."""
+    sets = {name: Dataset.from_dict({"prompt": [chat(f"{name} hello")] * 2}) for name in order}
+
+    def by_set(prompts, completions, **kwargs):
+        rewards = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            text = prompt[0]["content"]
+            base = 10.0 if text.startswith("long") else -10.0 if text.startswith("short") else 0.0
+            rewards.append(base + len(completion[0]["content"]) / 1e3)
+        return rewards
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "max_steps": 2}
+    options |= {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    named = options | {"metric_for_best_model": "eval_long_reward", "greater_is_better": True}
+    trainer = make(tmp_path, policy, tokenizer, by_set, trainer={"eval_dataset": sets}, **named)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_long_reward" in entry]
+    assert len(logged) == 2
+    assert all(entry["eval_long_reward"] > 5 for entry in logged)
+    others = [entry for entry in trainer.state.log_history if "eval_short_reward" in entry]
+    assert all(entry["eval_short_reward"] < -5 for entry in others)
+    assert not [
+        key for entry in trainer.state.log_history for key in entry if key in ("eval_reward", "eval_reward_std")
+    ]
+    assert trainer.state.best_metric == max(entry["eval_long_reward"] for entry in logged)
+    with pytest.raises(ConfigError, match=r"eval_dataset has the sets .*'eval_(long|short)_reward', for example"):
+        make(tmp_path, policy, tokenizer, by_set, trainer={"eval_dataset": sets}, **options)

@@ -20,6 +20,7 @@ from trl_cdr import (
     OnlinePreferenceConfig,
     OnlinePreferenceTrainer,
     UnscorableError,
+    _compat,
 )
 from trl_cdr.scoring.surprise import surprise_reward
 
@@ -72,12 +73,17 @@ def test_a_call_that_runs_beside_others_waits_for_no_process(checkpoints, monkey
     """Their order differs from process to process, so that two rewards would read one another's."""
     reward = CDRReward(checkpoints["strong"], checkpoints["weak"], gate="none", max_length=4, on_unscorable="floor")
     monkeypatch.setattr(reward, "_is_asked", lambda trainer: True)
+    monkeypatch.setattr(_compat, "splits_groups", lambda trainer, rows: True)
     asked = []
     monkeypatch.setattr(reward.scorer.ranks, "lowest", lambda worst: asked.append(worst) or worst)
     rows = {"prompts": ["a"] * 2, "completions": ["b", "too long for it"]}
     awaited = asyncio.run(reward.awaitable(**rows))
     assert asked == []
-    assert reward(**rows) == awaited == [asked[0], asked[0] - 1]
+    assert reward(**rows) == awaited
+    assert awaited == [asked[0]["'a'"], asked[0]["'a'"] - 1]
+    monkeypatch.setattr(_compat, "splits_groups", lambda trainer, rows: False)
+    assert reward(**rows) == awaited
+    assert len(asked) == 1  # groups that are whole wait for nobody
 
 
 def test_the_gate_makes_the_reward_and_leaves_the_score(checkpoints, strong, tokenizer):
@@ -253,11 +259,12 @@ def test_what_can_not_be_scored_is_in_no_pair(name, others, tmp_path, short):
 def test_what_can_not_be_scored_does_not_win_where_the_host_reads_none_as_0(name, tmp_path, short):
     calls, _ = train(name, tmp_path, short())
     for call in calls:
-        scored = [reward for reward, score in zip(call.rewards, call.scores, strict=True) if score.error is None]
-        floor = min(scored, default=0.0) - 1
-        assert all(
-            reward == floor for reward, score in zip(call.rewards, call.scores, strict=True) if score.error is not None
-        )
+        rows = list(zip(map(repr, call.prompts), call.rewards, call.scores, strict=True))
+        scored = [(prompt, reward) for prompt, reward, score in rows if score.error is None]
+        for prompt, reward, score in rows:
+            if score.error is not None:
+                own = [value for name, value in scored if name == prompt] or [value for _, value in scored] or [0.0]
+                assert reward == min(own) - 1
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=in_a_trainer) for name in ("grpo", "rloo")])

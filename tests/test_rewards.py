@@ -28,13 +28,20 @@ def test_rewards_from_scores(values, policy, expected):
     assert rewards_from_scores([score(value) for value in values], on_unscorable=policy) == expected
 
 
-@pytest.mark.parametrize(("elsewhere", "floor"), [(-4.0, -5.0), (3.0, -3.0), (math.inf, -3.0)])
-def test_the_floor_of_a_step_that_is_several_calls(elsewhere, floor):
-    rows = [score(1.0), score(None), score(-2.0)]
-    found = rewards_from_scores(rows, on_unscorable="floor", lowest=lambda worst: min(worst, elsewhere))
-    assert found == [1.0, floor, -2.0]
-    nothing = rewards_from_scores([score(None)], on_unscorable="floor", lowest=lambda worst: min(worst, elsewhere))
-    assert nothing == [elsewhere - 1 if math.isfinite(elsewhere) else -1.0]
+@pytest.mark.parametrize(
+    ("elsewhere", "floor"), [({"a": -4.0}, -5.0), ({"a": 3.0}, -3.0), ({"b": -9.0}, -3.0), ({}, -3.0)]
+)
+def test_floor_of_a_group_on_two_processes(elsewhere, floor):
+    """The lowest reward of the same group counts, wherever it is."""
+
+    def lowest(worst):
+        return {name: min(worst.get(name, inf), elsewhere.get(name, inf)) for name in worst | elsewhere}
+
+    inf = math.inf
+    rows = [score(value) for value in (1.0, None, -2.0)]
+    assert rewards_from_scores(rows, on_unscorable="floor", groups="aaa", lowest=lowest) == [1.0, floor, -2.0]
+    rest = rewards_from_scores([score(None)], on_unscorable="floor", groups="a", lowest=lowest)
+    assert rest == [elsewhere.get("a", 0.0) - 1.0]
 
 
 def test_the_gate_that_made_the_score_makes_the_reward():
@@ -48,3 +55,26 @@ def test_the_gate_that_made_the_score_makes_the_reward():
 def test_raise_stops_at_the_first_row_without_a_value():
     with pytest.raises(UnscorableError, match="row 1 can't be scored: the reason"):
         rewards_from_scores([score(1.0), score(None)], on_unscorable="raise")
+
+
+@pytest.mark.parametrize(
+    ("values", "groups", "expected"),
+    [
+        ([1.0, None, -50.0, -60.0], "aabb", [1.0, 0.0, -50.0, -60.0]),  # not 1 below the other prompt's
+        ([None, 1.0, None, -60.0], "abba", [-61.0, 1.0, 0.0, -60.0]),
+        ([None, None, 5.0, 4.0], "aabb", [3.0, 3.0, 5.0, 4.0]),  # a group without a score: the call's worst
+        ([None, None], "ab", [-1.0, -1.0]),
+    ],
+)
+def test_floor_is_the_groups(values, groups, expected):
+    scores = [score(value) for value in values]
+    assert rewards_from_scores(scores, on_unscorable="floor", groups=list(groups)) == expected
+
+
+def test_floor_keeps_the_groups_advantages():
+    """A long neighbour changes no advantage of a group with an unscorable row."""
+    own = [score(value) for value in (-1.0, -2.0, None, -1.5)]
+    for neighbour in (-3.0, -130.0):
+        rows = [*own, *[score(neighbour)] * 4]
+        found = rewards_from_scores(rows, on_unscorable="floor", groups=[*"aaaabbbb"])
+        assert found[:4] == [-1.0, -2.0, -3.0, -1.5]

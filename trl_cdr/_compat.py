@@ -294,6 +294,19 @@ def policy_prompt_ids(trainer: Any, prompts: list[Any]) -> list[list[int]] | Non
         return None
 
 
+def splits_groups(trainer: Any, num_rows: int) -> bool:
+    """
+    Return True if a trainer's processes may hold parts of the completions of one prompt.
+
+    Args:
+        trainer: GRPO's or RLOO's; `None` if it is not known.
+        num_rows (`int`): Completions of one process in a call; all processes have as many.
+    """
+    is_training = getattr(getattr(trainer, "model", None), "training", True)
+    size = getattr(trainer, "num_generations" if is_training else "num_generations_eval", None)
+    return isinstance(size, int) and num_rows % size != 0
+
+
 def has_judges() -> bool:
     """Return True if TRL's trainers take judges. TRL 1.1 removed them (trl#5485)."""
     return Version(version("trl")).release < (1, 1)

@@ -175,7 +175,7 @@ class CDRConfig:
         default="auto",
         metadata={
             "help": "Reward of a completion that can't be scored. auto: none where the trainer leaves it out, floor "
-            "where it would read None as 0; floor: the worst finite reward minus 1 nat, -1 if there is none; "
+            "where it would read None as 0; floor: the worst reward of the prompt's completions minus 1 nat; "
             "none: None; raise: stop."
         },
     )

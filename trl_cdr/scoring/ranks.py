@@ -7,7 +7,7 @@ of them have to call, in the same order; what fails on one process fails on all 
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,9 +121,13 @@ class Ranks:
             self.node = Node(nodes[mine], groups[mine])
         self._is_done = True
 
-    def lowest(self, value: float) -> float:
-        """The lowest of a value that every process has. Waits for all of them."""
-        return min(_gather(value)) if _are_several() else value
+    def lowest(self, values: Mapping[Hashable, float]) -> dict[Hashable, float]:
+        """Return the lowest of each value over all processes, which may have different ones. Waits for all of them."""
+        found: dict[Hashable, float] = {}
+        for part in _gather(dict(values)) if _are_several() else [values]:
+            for name, value in part.items():
+                found[name] = min(value, found.get(name, value))
+        return found
 
 
 class Node:

@@ -4,12 +4,14 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from ..errors import UnscorableError
 from .ratio import gate
 from .score import Score
 from .surprise import surprise_reward
+
+_CALL = "the call"  # the name of all rows together
 
 
 def rewards_from_scores(
@@ -17,7 +19,8 @@ def rewards_from_scores(
     *,
     on_unscorable: str,
     reduction: str = "sum",
-    lowest: Callable[[float], float] = float,
+    groups: Sequence[Hashable] | None = None,
+    lowest: Callable[[dict[Hashable, float]], dict[Hashable, float]] = dict,
 ) -> list[float | None]:
     """
     Turn scores into rewards: the log-ratio behind the gate that they were made with, see `ratio.gate` and
@@ -25,12 +28,15 @@ def rewards_from_scores(
 
     Args:
         scores (`Sequence[Score]`): One call's.
-        on_unscorable (`str`): For a row without a value. `"floor"`: the worst finite reward of the call minus 1 nat, or
-            -1 where there is none, for trainers that read a missing reward as 0, which would win against honest
-            negative log-ratios. The row is then the one to be rejected. `"none"`: `None`. `"raise"`: stop.
+        on_unscorable (`str`): For a row without a value. `"floor"`: the worst finite reward of its group minus 1 nat,
+            for trainers that read a missing reward as 0, which would win against negative log-ratios. The row is then
+            rejected. If the group has no reward, the worst reward of the call counts, and -1 if there is none.
+            `"none"`: `None`. `"raise"`: stop.
         reduction (`str`, *optional*, defaults to `"sum"`): Of the scores.
-        lowest (`Callable[[float], float]`, *optional*): Of what the calls of a step have as their worst reward (inf:
-            none) the lowest, where a step is several calls, one for each process. By default a step is this call.
+        groups (`Sequence`, *optional*): For each row the name of its group: the completions that it competes with.
+            Default: all rows are one group.
+        lowest (`Callable`, *optional*): Takes the worst reward of each group and of the call, and returns the worst of
+            all processes, if groups span processes. Default: those of this call.
 
     Raises:
         UnscorableError: a row has no value and `on_unscorable="raise"`.
@@ -45,9 +51,15 @@ def rewards_from_scores(
                 )
     if on_unscorable != "floor":
         return values
-    worst = lowest(min((value for value in values if value is not None), default=math.inf))
-    floor = (worst if math.isfinite(worst) else 0.0) - 1.0
-    return [floor if value is None else value for value in values]
+    names = [_CALL] * len(values) if groups is None else list(groups)
+    worst: dict[Hashable, float] = {}
+    for name, value in zip(names, values, strict=True):
+        if value is not None:
+            for key in (name, _CALL):
+                worst[key] = min(value, worst.get(key, value))
+    worst = lowest(worst)
+    floors = [worst.get(name, worst.get(_CALL, 0.0)) - 1.0 for name in names]
+    return [floor if value is None else value for floor, value in zip(floors, values, strict=True)]
 
 
 def _behind_gate(score: Score, reduction: str) -> float | None:

@@ -31,8 +31,8 @@ def load_together(scorer: DensityRatioScorer) -> None:
     """
     if not scorer.ranks.have_met:
         # Processes that start around midnight: the first one's date is everyone's.
-        first = int(scorer.ranks.lowest(scorer.today.toordinal()))
-        scorer.use_date(date.fromordinal(first))
+        first = scorer.ranks.lowest({"day": scorer.today.toordinal()})["day"]
+        scorer.use_date(date.fromordinal(int(first)))
         scorer.ranks.meet(lambda: _weights(scorer))
     elif scorer.ranks.holds_pair:
         scorer.load()

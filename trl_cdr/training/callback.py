@@ -15,7 +15,7 @@ from transformers import DefaultFlowCallback, TrainerControl, TrainerState, Trai
 from .. import _compat
 from ..errors import ConfigError
 from ..scoring.together import load_together
-from .checks import check_domains, check_name, check_policy, compare_prompts, trainer_datasets
+from .checks import check_domains, check_name, check_pair, check_policy, compare_prompts, trainer_datasets
 from .completions_table import table_rows, write_table
 from .gaming_watch import GamingWatch
 from .metrics import Call, Sums, add_sums, call_sums, domain_sums, means
@@ -90,6 +90,7 @@ class CDRCallback(ProvenanceCallback):
         elif kwargs.get("model") is not None:
             self.reward.scorer.use_policy(kwargs["model"])
         load_together(self.reward.scorer)
+        check_pair(self.reward.__name__, self.reward.scorer)
         if self._trainer is None:
             super().on_train_begin(args, state)
         else:

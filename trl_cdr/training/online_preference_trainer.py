@@ -106,13 +106,29 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         self._pairs: list[Pair] = []
         # Of each metric the weighted sum and the sum of weights since the last log, over all processes.
         self._sums: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
+        self._draws = (-1, 0)  # step, and calls of `_select` in it
+        self._eval_set = ""  # of several evaluation sets, the one that is evaluated
         super().__init__(model, reward_funcs, args, **kwargs)
+        self._check_best_metric()
         # The config's beta made GRPO load a reference; with 0 it does not run it over the whole group.
         self.beta = 0.0
         _compat.check_grpo_attributes(self)
         policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self._fuses_head = self._fuse_head(policy)
         self._keeps_logits = True  # until the policy's forward does not
+
+    def _check_best_metric(self) -> None:
+        """Check that one of several evaluation sets decides on the best checkpoint."""
+        metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if not isinstance(self.eval_dataset, dict) or not metric:
+            return
+        names = list(self.eval_dataset)
+        if not any(metric.startswith(f"{name}_") for name in names):
+            raise ConfigError(
+                f"metric_for_best_model is {self.args.metric_for_best_model!r}, and eval_dataset has the sets "
+                f"{', '.join(names)}: each set has metrics of its own. Set metric_for_best_model to "
+                f"'eval_{names[0]}_reward', for example."
+            )
 
     def _fuse_head(self, policy: nn.Module) -> bool:
         """Give policy and reference TRL's head without logits; on a CPU it would take more memory than the logits."""
@@ -253,6 +269,7 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The base class's, whose loss is a mean over batches: here it is one over the pairs that are used."""
         self._sums["eval"].clear()
+        self._eval_set = metric_key_prefix.removeprefix("eval").removeprefix("_")
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, count = self._sums["eval"].pop("loss", (0.0, 0.0))
         output.metrics[f"{metric_key_prefix}_loss"] = total / count if count else math.nan
@@ -264,6 +281,9 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         for name, (total, count) in self._sums[mode].items():
             self._metrics[mode][name] = [total / count if count else math.nan]
         self._sums[mode].clear()
+        if mode == "eval" and self._eval_set:  # GRPO gives all sets the same names, and the last one would count
+            for name in list(self._metrics[mode]):
+                self._metrics[mode][f"{self._eval_set}_{name}"] = self._metrics[mode].pop(name)
         is_shown = self.log_completions
         self.log_completions = False
         try:
@@ -361,15 +381,17 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _select(self, rewards: Tensor, truncated: Collection[int], *, first_group: int) -> list[Pair]:
         """
-        The pairs of this process's groups, from combined rewards (B,). What is drawn depends on seed, step and group,
-        not on the process.
+        The pairs of this process's groups, from combined rewards (B,). Draws depend on seed, step, generation within
+        the step and group, not on the process.
         """
         size = self._group_size
+        step = self.state.global_step
+        self._draws = (step, self._draws[1] + 1 if self._draws[0] == step else 0)
         return [
             select_pair(
                 group,
                 strategy=self.args.pair_strategy,
-                rng=random.Random(f"{self.args.seed} {self.state.global_step} {first_group + number}"),
+                rng=random.Random(f"{self.args.seed} {step} {self._draws[1]} {first_group + number}"),
                 min_margin=self.args.min_margin,
                 truncated=[index for index in range(size) if number * size + index in truncated],
             )

@@ -23,7 +23,7 @@ from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
 from ..scoring.together import load_together, score_together
 from ..scoring.types import Message, Prompt
-from .checks import check_domains, check_name, check_policy, compare_prompts, trainer_datasets
+from .checks import check_domains, check_name, check_pair, check_policy, compare_prompts, trainer_datasets
 from .metrics import Call, call_metrics
 from .provenance import ProvenanceCallback, resume_date
 
@@ -151,8 +151,8 @@ class CDRReward:
             `list[float | None]`: one finite reward for each completion, in nats; `None` for one that can't be scored,
             where `cdr_on_unscorable="none"` asks for it, or `"auto"` knows from `log_metric` that the trainer leaves
             such a completion out: `OnlinePreferenceTrainer`, and GRPO and RLOO from TRL 1.6 without a second reward
-            function. Every other caller gets the floor, 1 nat below the worst reward of the call, or of all processes'
-            where GRPO or RLOO asks: a trainer that is not known can't be told from you.
+            function. Every other caller gets the floor: 1 nat below the worst reward of the same prompt's completions,
+            on all processes. A trainer that is not known can't be told from you.
 
         Raises:
             UnscorableError: a row can't be scored and `cdr_on_unscorable="raise"`.
@@ -173,11 +173,14 @@ class CDRReward:
         score = partial(score_together, self.scorer) if is_trainers else self.scorer.score
         scores = score(prompts, completions, completion_ids=completion_ids, domains=domains)
         self._warn(scores)
+        # A process that holds a part of a group asks the others for the rest.
+        is_split = self._is_asked(trainer) and _compat.splits_groups(trainer, len(prompts))
         rewards = rewards_from_scores(
             scores,
             on_unscorable=self._on_unscorable(trainer),
             reduction=self.config.cdr_reduction,
-            lowest=self.scorer.ranks.lowest if _MAY_WAIT.get() and self._is_asked(trainer) else float,
+            groups=[repr(prompt) for prompt in prompts],
+            lowest=self.scorer.ranks.lowest if is_split and _MAY_WAIT.get() else dict,
         )
         if scores and (log_metric is not None or log_extra is not None or self._observers):
             tokens = completion_ids if completion_ids is not None else [str(said).split() for said in completions]
@@ -257,6 +260,7 @@ class CDRReward:
         if self.config.cdr_share_policy:
             self.attach(trainer)
         load_together(self.scorer)
+        check_pair(self.__name__, self.scorer)
         keepers = [one for one in trainer.callback_handler.callbacks if isinstance(one, ProvenanceCallback)]
         if not keepers:
             keepers.append(ProvenanceCallback(self))
