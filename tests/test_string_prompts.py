@@ -186,14 +186,16 @@ def test_annotate_strings_as_text(config, tmp_path):
     groups = [[text, f"{text} fox"] for text in SAID]
     data = Dataset.from_dict({"prompt": WORDS, "completions": groups})
     text = with_option(config, "text")
-    annotate(AnnotateArguments("rows", str(tmp_path / "text")), text, data=data)
+    summary = annotate(AnnotateArguments("rows", str(tmp_path / "text")), text, data=data)
+    assert summary["string_prompts"] == {"text": 4}
     rows = load_dataset(str(tmp_path / "text"), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["prompt"] == WORDS
     scorer = DensityRatioScorer.from_config(text)
     for row, group in zip(rows, groups, strict=True):
         assert {row["chosen"], row["rejected"]} == set(group)
         assert row["scores"] == pytest.approx(values(scorer.score([row["prompt"]] * 2, group)), abs=1e-4)
-    annotate(AnnotateArguments("rows", str(tmp_path / "turns")), config, data=data)
+    summary = annotate(AnnotateArguments("rows", str(tmp_path / "turns")), config, data=data)
+    assert summary["string_prompts"] == {"user": 4}
     turns = load_dataset(str(tmp_path / "turns"), split="train", cache_dir=str(tmp_path / "cache"))
     assert turns["prompt"] == TURNS
     mixed = Dataset.from_dict({"prompt": TURNS, "completions": groups})

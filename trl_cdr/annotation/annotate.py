@@ -20,7 +20,7 @@ from ..scoring.pair_loading import has_template
 from ..scoring.rewards import rewards_from_scores
 from ..scoring.scorer import DensityRatioScorer
 from ..scoring.sources import find_model
-from ..scoring.string_prompts import string_meaning
+from ..scoring.string_prompts import count_strings, string_meaning
 from ..scoring.types import Completion, Prompt
 from .annotate_report import show, summarise
 from .groups import SCHEMA, TEXT_SCHEMA, Strategy, check_group, label_group, read_group
@@ -29,7 +29,7 @@ from .pipeline import Job, RunArguments, open_input, run
 from .reader import BadRow, Row
 from .score_folder import fix_date
 from .server import Server
-from .shards import Labelled
+from .shards import Labelled, add_counts
 from .writers import load_policy, write
 
 Writer = Callable[[Sequence[Prompt], Sequence[str]], list[list[Completion]]]
@@ -267,6 +267,9 @@ def label_rows(
             groups.append(group)
         else:
             labelled.bad.append(BadRow(row.index, row.where, _REFUSED))
+    given = [rows[place].fields["prompt"] for place in kept]
+    strings = count_strings(given, [read[place][0] for place in kept])
+    add_counts(labelled.counts, {"": {f"strings_{meaning}": count for meaning, count in strings.items()}})
     flat = [(rows[place], read[place][0], one) for place, group in zip(kept, groups, strict=True) for one in group]
     scores = iter(
         scorer.score(

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..scoring.string_prompts import MEANINGS, describe_strings
 from .shards import Counts, add_counts
 
 _SKIPPED = {
@@ -28,13 +29,15 @@ def summarise(counts: Counts) -> dict[str, Any]:
         `dict`: `rows`, `completions`, `pairs`, `skipped` (why a pair was left out -> how many), `unscorable` and
         `cut_off` (completions); `gated` (their share); `reward` (mean of those that have one, nats); `margin` (mean,
         nats), `chosen_tokens`, `rejected_tokens` (means), `longer_chosen` (share of pairs, equal lengths count half);
-        and under `domains` the same for each.
+        under `domains` the same for each; and `string_prompts` (how prompts that are strings were read -> rows).
     """
     whole: Counts = {}
     for one in counts.values():
         add_counts(whole, {"": one})
     domains = {domain: _describe(counts[domain]) for domain in sorted(counts) if domain}
-    return {**_describe(whole.get("", {})), "domains": domains}
+    counted = whole.get("", {})
+    strings = {name: int(counted[f"strings_{name}"]) for name in MEANINGS if f"strings_{name}" in counted}
+    return {**_describe(counted), "domains": domains, "string_prompts": strings}
 
 
 def show(summary: Mapping[str, Any], folder: Path) -> None:
@@ -49,6 +52,8 @@ def show(summary: Mapping[str, Any], folder: Path) -> None:
     print("margin: mean, nats; tokens: means of chosen / rejected; longer: how often the chosen is")
     skipped = (f"{count:,} {_SKIPPED[why]}" for why, count in summary["skipped"].items())
     print(f"no pair: {', '.join(skipped)}")
+    for line in describe_strings(summary["string_prompts"]):
+        print(line)
     bad = summary["bad_rows"]
     for row in bad["first"][:5]:
         print(f"left out: {row['where']} {row['reason']}")

@@ -236,7 +236,14 @@ class DensityRatioScorer:
         if self.router is None:
             return [None] * len(prompts) if domains is None else list(domains)
         with self._source.use():  # the router remembers
-            return self.router.route(prompts, domains, self._score_labels)
+            return self.router.route(prompts, domains, self._score_labels, self._fixed_pair)
+
+    def _fixed_pair(self) -> Pair | None:
+        """Return the loaded pair; `None` if strong's weights may change: an object, a server's or the policy's base."""
+        pair = self._load()[0]
+        if pair.strong.is_served or pair.strong.local.weights is None or self.config.cdr_share_policy:
+            return None
+        return pair
 
     def confusion(self, prompts: Sequence[Prompt], domains: Sequence[str]) -> dict[str, dict[str, int]]:
         """
@@ -269,12 +276,18 @@ class DensityRatioScorer:
         strong, weak = _run_both(runs)
         return strong, weak
 
-    def _score_labels(self, texts: Sequence[str], labels: Sequence[str]) -> list[list[float] | None]:
-        """The strong model's mean log-probability of each label's tokens as the completion of each text, nats."""
+    def _score_labels(self, texts: Sequence[str], labels: Sequence[str]) -> list[list[float] | NoDomain]:
+        """
+        Compute the strong model's mean log-probability of each label's tokens as the completion of each text, nats.
+
+        `Member.encode` cuts a prompt that is too long on the left, by more for longer labels, and there the labels are
+        named. A text of which one row is cut therefore gets a reason, and so does one that can't be encoded.
+        """
         with self._source.use():
             member = self._load()[0].strong
             is_chat = member.encoder.chat_template is not None
             rows: dict[int, list[Row]] = {}
+            reasons: dict[int, NoDomain] = {}
             for index, text in enumerate(texts):
                 try:
                     rows[index] = [
@@ -283,12 +296,20 @@ class DensityRatioScorer:
                         else member.encode(text, Completion(f" {label}", None))
                         for label in labels
                     ]
-                except Unscorable:
+                except Unscorable as reason:
+                    reasons[index] = NoDomain(f"its domain can't be told: {reason}")
                     continue
+                if any(row.truncated for row in rows[index]):
+                    del rows[index]
+                    reasons[index] = NoDomain(
+                        "its domain can't be told: the classification prompt has more tokens than strong reads "
+                        f"({member.max_length}), and all labels must see the same prompt. Pass domains=, a larger "
+                        "cdr_max_length or another router"
+                    )
             layout = Layout([row for labelled in rows.values() for row in labelled])
             logps = iter(member.lm.per_token_logps(layout, token_budget=self.config.cdr_token_budget))
         means = {index: [float(next(logps).mean()) for _ in labels] for index in rows}
-        return [means.get(index) for index in range(len(texts))]
+        return [means[index] if index in means else reasons[index] for index in range(len(texts))]
 
     def read_prompts(
         self,
@@ -317,7 +338,7 @@ class DensityRatioScorer:
         *,
         in_trainer: bool,
     ) -> list[Prompt]:
-        answers = completions or [""] * len(prompts)
+        answers = [""] * len(prompts) if completions is None else completions
         if not any(isinstance(prompt, str) for prompt in prompts):
             return list(prompts)
         meaning = string_meaning(self.config.cdr_string_prompts, has_template=pair.has_template, in_trainer=in_trainer)
@@ -484,6 +505,8 @@ class DensityRatioScorer:
     def unload(self) -> None:
         """Let go of the pair and of the prefixes kept for it, for all who share it; the next call loads it again."""
         self._source.unload()
+        if self.router is not None:
+            self.router.forget()
 
     @property
     def moving_seconds(self) -> float | None:
