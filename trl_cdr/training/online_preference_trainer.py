@@ -106,7 +106,7 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         self._pairs: list[Pair] = []
         # Of each metric the weighted sum and the sum of weights since the last log, over all processes.
         self._sums: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
-        self._draws = (-1, 0)  # step, and calls of `_select` in it
+        self._generations = (-1, 0)  # step, and generations for training in it
         self._eval_set = ""  # of several evaluation sets, the one that is evaluated
         super().__init__(model, reward_funcs, args, **kwargs)
         self._check_best_metric()
@@ -385,13 +385,16 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         the step and group, not on the process.
         """
         size = self._group_size
-        step = self.state.global_step
-        self._draws = (step, self._draws[1] + 1 if self._draws[0] == step else 0)
+        step, generation = self.state.global_step, -1
+        if self.model.training:
+            last, count = self._generations
+            generation = count + 1 if last == step else 0
+            self._generations = (step, generation)
         return [
             select_pair(
                 group,
                 strategy=self.args.pair_strategy,
-                rng=random.Random(f"{self.args.seed} {step} {self._draws[1]} {first_group + number}"),
+                rng=random.Random(f"{self.args.seed} {step} {generation} {first_group + number}"),
                 min_margin=self.args.min_margin,
                 truncated=[index for index in range(size) if number * size + index in truncated],
             )
