@@ -11,7 +11,7 @@ from oracle import completion_logps
 from packaging.version import Version
 from ranks import Run, launch
 from tiny import TRAINING, chat, llama
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_cdr import CDRCallback, CDRReward, ConfigError, OnlinePreferenceConfig, OnlinePreferenceTrainer, _compat
@@ -853,3 +853,65 @@ def test_several_evaluation_sets_have_metrics_each(order, tmp_path, policy, toke
     assert trainer.state.best_metric == max(entry["eval_long_reward"] for entry in logged)
     with pytest.raises(ConfigError, match=r"eval_dataset has the sets .*'eval_(long|short)_reward', for example"):
         make(tmp_path, policy, tokenizer, by_set, trainer={"eval_dataset": sets}, **options)
+
+
+def moe(tokenizer, tmp_path, coef=0.5):
+    """The folder of a policy with experts."""
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=256,
+        router_aux_loss_coef=coef,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "moe")
+    return str(tmp_path / "moe")
+
+
+@pytest.mark.skipif(Version(version("trl")) < Version("1.16"), reason="TRL trains experts without that loss")
+@pytest.mark.parametrize("kind", [Recorder, Fused])
+@pytest.mark.parametrize("loss", ["simpo", "dpo"])
+def test_load_balancing_loss_is_added(kind, loss, tmp_path, tokenizer):
+    """Its gradient too, whole over accumulated micro-batches: against the model's own loss."""
+    folder = moe(tokenizer, tmp_path)
+    options = {"preference_loss": loss, "gradient_accumulation_steps": 2, "max_steps": 1, "learning_rate": 1e-2}
+    options |= {"steps_per_generation": 2, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    trainer = make(tmp_path, folder, tokenizer, kind=kind, **options)
+    assert trainer.aux_loss_enabled
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "aux_loss" in entry)
+    exact = AutoModelForCausalLM.from_pretrained(folder)  # its experts are not computed in float64
+    aux = []
+    for inputs, _, _ in trainer.batches:
+        names = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")
+        rows = {name: inputs[name].flatten(0, 1) for name in names}
+        ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
+        mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
+        aux.append(exact(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss)
+    assert len(aux) == 2
+    assert logged["aux_loss"] == pytest.approx(sum(one.item() for one in aux) / 2, abs=1e-4)
+    (0.5 * sum(aux) / 2).backward()
+    plain = make(tmp_path, folder, tokenizer, kind=kind, **options, router_aux_loss_coef=0.0)
+    plain.train()
+    routers = [name for name in before if name.endswith("gate.weight")]
+    assert routers
+    for name in routers:
+        moved = trainer.model.get_parameter(name) - plain.model.get_parameter(name)
+        expected = -1e-2 * exact.get_parameter(name).grad.float()
+        torch.testing.assert_close(moved.detach(), expected, rtol=1e-2, atol=1e-6)
+        assert expected.abs().max() > 1e-5
+
+
+def test_policy_without_experts_has_no_balancing_loss(tmp_path, policy, tokenizer):
+    trainer = make(tmp_path, policy, tokenizer)
+    trainer.train()
+    assert not any("aux_loss" in entry for entry in trainer.state.log_history)

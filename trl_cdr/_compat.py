@@ -208,6 +208,11 @@ def check_generated(keys: Collection[str]) -> None:
         )
 
 
+def balances_experts(trainer: Any) -> bool:
+    """Return True if a `GRPOTrainer` adds the load-balancing loss of a policy with experts. TRL 1.0 does not."""
+    return bool(getattr(trainer, "aux_loss_enabled", False))
+
+
 def use_adapter() -> Any:
     """
     TRL's context manager that runs a PEFT model with another adapter, or with none.

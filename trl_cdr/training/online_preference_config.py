@@ -33,7 +33,6 @@ _GRPO_LOSS = {
     "use_adaptive_entropy",
     "off_policy_mask_threshold",
     "use_bias_correction_kl",
-    "router_aux_loss_coef",
     "vllm_importance_sampling_correction",
     "vllm_importance_sampling_mode",
     "vllm_importance_sampling_cap",

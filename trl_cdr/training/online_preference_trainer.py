@@ -11,7 +11,7 @@ import random
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -63,6 +63,8 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
       how often it is above 0.
     - `logps/chosen`, `logps/rejected`: log-probabilities, nats: mean per token for simpo, summed for dpo and ipo. A
       chosen that falls together with the rejected is likelihood displacement: see `sft_coef`.
+    - `aux_loss`: load-balancing loss of a policy with experts. `router_aux_loss_coef` times it is added to the loss,
+      as in TRL's GRPO and DPO, if the TRL has this field.
     - `entropy`: of the policy at the pairs' tokens, mean per token, nats. `kl` (dpo, ipo): the log-ratio of policy and
       reference, mean over the pairs' tokens, nats: an estimate of the divergence from the reference that may be
       negative, and is of chosen and rejected completions only.
@@ -242,8 +244,8 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         ref_sums = None
         if args.preference_loss != "simpo":
             with torch.no_grad(), self._reference(model) as reference:
-                ref_sums = (self._token_logps(reference, inputs).logps * mask).sum(dim=2)  # (P, 2) nats
-        found = self._token_logps(model, inputs)
+                ref_sums = (self._token_logps(reference, inputs)[0].logps * mask).sum(dim=2)  # (P, 2) nats
+        found, aux_loss = self._token_logps(model, inputs, balances=_compat.balances_experts(self))
         sums = (found.logps * mask).sum(dim=2)  # (P, 2) nats
         if ref_sums is None:
             logps = sums / counts
@@ -256,14 +258,19 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
             rewards = args.preference_beta * (sums - ref_sums)
             losses = self._loss_against_reference(sums, ref_sums, counts)
         losses = losses - args.sft_coef * (sums / counts)[:, 0]
+        balance = None if aux_loss is None else self.router_aux_loss_coef * aux_loss
         by_token = {"entropy": (found.entropies * mask).sum(dim=(1, 2))}  # (P,) sums over the tokens
         if ref_sums is not None:
             by_token["kl"] = (sums - ref_sums).detach().sum(dim=1)
-        self._log_loss(rewards.detach(), logps.detach(), losses.detach(), weights)
+        logged = losses if balance is None else losses + balance
+        self._log_loss(rewards.detach(), logps.detach(), logged.detach(), weights)
         self._log_by_token(by_token, counts.sum(dim=1), weights)
         is_training = self.model.training
         divisor = len(weights) * self.current_gradient_accumulation_steps if is_training else weights.sum()
         loss: Tensor = (weights * losses).sum() / divisor  # in evaluation NaN without a pair
+        if balance is not None and aux_loss is not None:
+            loss = loss + balance / (self.current_gradient_accumulation_steps if is_training else 1)
+            self._count({"aux_loss": aux_loss.detach()[None]}, torch.ones_like(aux_loss)[None])
         return loss
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -322,8 +329,13 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
             return ipo_loss(chosen, rejected, **reference, beta=beta)
         return dpo_loss(chosen, rejected, **reference, beta=beta, label_smoothing=self.args.label_smoothing)
 
-    def _token_logps(self, model: nn.Module, inputs: dict[str, Tensor]) -> TokenLogps:
-        """The pairs' tokens, (P, 2, T) each, at temperature 1; one forward of 2 P rows."""
+    def _token_logps(
+        self, model: nn.Module, inputs: dict[str, Tensor], *, balances: bool = False
+    ) -> tuple[TokenLogps, Tensor | None]:
+        """
+        The pairs' tokens, (P, 2, T) each, at temperature 1, and with `balances` the load-balancing loss of a model with
+        experts, a scalar; one forward of 2 P rows.
+        """
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "loss_mask")
         prompt_ids, prompt_mask, ids, mask, counted = (inputs[name].flatten(0, 1) for name in names)  # (2 P, T)
         length = ids.shape[1]
@@ -331,6 +343,7 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
             "input_ids": torch.cat([prompt_ids, ids], dim=1),
             "attention_mask": torch.cat([prompt_mask, mask], dim=1),
             "use_cache": False,
+            **({"output_router_logits": True} if balances else {}),
         }
         if self._fuses_head:
             labels = torch.cat([torch.full_like(prompt_ids, -100), ids.masked_fill(counted == 0, -100)], dim=1)
@@ -339,20 +352,26 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
             found = TokenLogps(output.log_probs[:, -length:], output.entropy[:, -length:].detach())
         else:
             # From the logits before the completion, which predict its first token.
-            logits = self._last_logits(model, rows, length + 1)
+            logits, output = self._last_logits(model, rows, length + 1)
             found = gather_logps(logits, ids)
-        return TokenLogps(*(each.view(-1, 2, length) for each in found))
+        aux_loss = output.aux_loss if balances else None
+        return TokenLogps(*(each.view(-1, 2, length) for each in found)), aux_loss
 
-    def _last_logits(self, model: nn.Module, rows: dict[str, Any], count: int) -> Tensor:
-        """The last logits (B, count, V) of rows. If a forward can't leave out the others, a warning is logged once."""
+    def _last_logits(self, model: nn.Module, rows: dict[str, Any], count: int) -> tuple[Tensor, Any]:
+        """
+        The last logits (B, count, V) of rows, and the output that they are of. If a forward can't leave out the other
+        logits, a warning is logged once.
+        """
         if not self._keeps_logits:
-            return cast(Tensor, model(**rows).logits[:, -count:])  # its gradient is a copy of all
+            output = model(**rows)
+            return output.logits[:, -count:], output  # its gradient is a copy of all
         try:
-            logits: Tensor = model(**rows, logits_to_keep=count).logits
+            output = model(**rows, logits_to_keep=count)
         except TypeError as error:
             if "logits_to_keep" not in str(error):
                 raise
-            logits = model(**rows).logits
+            output = model(**rows)
+        logits: Tensor = output.logits
         if logits.shape[1] > count:
             self._keeps_logits = False
             logger.warning(
@@ -361,7 +380,7 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
                 type(self.accelerator.unwrap_model(model)).__name__,
             )
             logits = logits[:, -count:]
-        return logits
+        return logits, output
 
     @contextlib.contextmanager
     def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
