@@ -12,6 +12,8 @@ from transformers import (
     Cohere2ForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -26,8 +28,12 @@ from transformers import (
     GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -37,6 +43,8 @@ from transformers import (
     Olmo2Config,
     Olmo2ForCausalLM,
     OlmoConfig,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     OlmoForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
@@ -48,6 +56,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -78,6 +88,9 @@ _SMALL = {
     "pad_token_id": None,
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+# Of a model without attention: its config has no heads.
+_ABSENT = object()
+_RECURRENT = {"num_attention_heads": _ABSENT, "num_key_value_heads": _ABSENT}
 _WINDOW = 11  # shorter than the rows that are run
 
 
@@ -134,7 +147,7 @@ FAMILIES = {
         "padded",
     ),
     "BLOOM": (BloomForCausalLM, BloomConfig, {}, "padded"),
-    "Mamba": (MambaForCausalLM, MambaConfig, {"state_size": 8}, "padded"),
+    "Mamba": (MambaForCausalLM, MambaConfig, {**_RECURRENT, "state_size": 8}, "padded"),
     "Bamba": (
         BambaForCausalLM,
         BambaConfig,
@@ -160,13 +173,60 @@ if Qwen3NextForCausalLM is not None:
         "padded",
     )
 
+# Families that examples/RESULTS.md does not list.
+MORE_FAMILIES = {
+    "OLMoE": (OlmoeForCausalLM, OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}, "packed"),
+    "Llama 4": (
+        Llama4ForCausalLM,
+        Llama4TextConfig,
+        {
+            "intermediate_size_mlp": 64,
+            "num_local_experts": 4,
+            "head_dim": 8,
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 16,
+        },
+        "padded",
+    ),
+    "Mamba 2": (
+        Mamba2ForCausalLM,
+        Mamba2Config,
+        {**_RECURRENT, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16},
+        "padded",
+    ),
+    "Falcon-Mamba": (FalconMambaForCausalLM, FalconMambaConfig, {**_RECURRENT, "state_size": 8}, "padded"),
+    "RWKV": (RwkvForCausalLM, RwkvConfig, {**_RECURRENT, "attention_hidden_size": 32}, "padded"),
+}
+if hasattr(Gemma3TextConfig(), "rope_parameters"):  # transformers 5: RoPE's parameters by layer type
+    MORE_FAMILIES["Gemma 3, LongRoPE"] = (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        _mixed_layers(
+            query_pre_attn_scalar=8,
+            rope_parameters={
+                "full_attention": {
+                    "rope_type": "longrope",
+                    "rope_theta": 10_000.0,
+                    "original_max_position_embeddings": 20,  # some of the rows that are run are longer
+                    "factor": 4.0,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [4.0] * 4,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        ),
+        "packed",
+    )
+ALL_FAMILIES = FAMILIES | MORE_FAMILIES
 
-def build_family(name):
-    """A random model of the family, in evaluation mode."""
-    model_class, config_class, differs, _ = FAMILIES[name]
+
+def build_family(name, **options):
+    """A random model of the family, in evaluation mode. `options` change its config."""
+    model_class, config_class, differs, _ = ALL_FAMILIES[name]
+    config = {key: value for key, value in {**_SMALL, **differs, **options}.items() if value is not _ABSENT}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return model_class(config_class(**{**_SMALL, **differs})).eval()
+        return model_class(config_class(**config)).eval()
 
 
 def random_rows(seed, *, num_prefix, num_ids=V):

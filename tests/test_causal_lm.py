@@ -2,10 +2,12 @@
 
 import copy
 import logging
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, V, build_family, random_rows
+from families import ALL_FAMILIES, V, build_family, random_rows
 from oracle import assert_naive, completion_logps
 from tiny import llama, scarce
 from transformers import BertConfig, BertModel, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -32,14 +34,14 @@ DISTINCT = [Row((first, 2, 3), (4, 5, 6, 7)) for first in range(9)]
 @pytest.mark.filterwarnings("ignore:.*have no functionality in BLOOM:FutureWarning")  # transformers 4
 @pytest.mark.parametrize("by_tree", [True, False], ids=["by tree", "under the mask"])
 @pytest.mark.parametrize("num_prefix", [0, 45])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_family_gives_the_models_own_log_probabilities(family, num_prefix, by_tree, caplog, monkeypatch):
     if not by_tree:  # as on an accelerator
         monkeypatch.setattr(tree_attention, "_attend", None)
     model = build_family(family)
     lm = CausalLM(model, "strong", prefix_cache_tokens=100)
     way, reason = lm.way()
-    assert way == FAMILIES[family][3], reason
+    assert way == ALL_FAMILIES[family][3], reason
     lost = {"full_attention"} <= set(attention_windows(model.config)) and model.config._attn_implementation == "sdpa"
     assert bool(reason) == (way != "packed" or (lost and not by_tree)), reason
     told = lm.describe(token_budget=1024)
@@ -415,3 +417,60 @@ def test_models_without_a_head_are_refused():
         CausalLM(BertModel(config), "weak")
     with pytest.raises(ModelError, match="strong is a Linear, which is no transformers model"):
         CausalLM(torch.nn.Linear(2, 2), "strong")
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 5}
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 40}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize(
+    ("config", "switch"),
+    [
+        ({}, math.inf),
+        ({"rope_parameters": YARN}, math.inf),
+        ({"rope_parameters": LONGROPE}, 40),
+        ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 30}, 30),  # transformers 4
+        ({"rope_scaling": DYNAMIC}, 100),
+        ({"rope_parameters": DYNAMIC | {"original_max_position_embeddings": 200}}, 100),
+        ({"rope_parameters": {"full_attention": LONGROPE, "sliding_attention": {"rope_type": "default"}}}, 40),
+        ({"rope_parameters": {"full_attention": DYNAMIC, "sliding_attention": LONGROPE}}, 40),
+        ({"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default"}}}, math.inf),
+    ],
+)
+def test_rope_switch_is_the_smallest(config, switch):
+    decoder = forward.Decoder(llama(V), SimpleNamespace(max_position_embeddings=100, **config))
+    assert decoder.rope_switch == switch
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_dynamic_rope_forgets_longer_rows(padded):
+    """Transformers keeps the frequencies of the longest row: each row has to get those of its own length."""
+    model = llama(V, positions=20, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    lm = CausalLM(copy.deepcopy(model), "strong")
+    rows = [Row(tuple(range(1, length)), (3, 4, 5)) for length in (60, 8, 40, 18, 30, 50)]
+    results = lm.per_token_logps(Layout(rows), token_budget=4096, padded=padded)
+    results += lm.per_token_logps(Layout(rows[-1:]), token_budget=4096)
+    for row, logps in zip([*rows, rows[-1]], results, strict=True):
+        # As in a trainer's own forward of the whole row, of a model that has seen no other.
+        assert_naive(copy.deepcopy(model), [row], [logps])
+
+
+@pytest.mark.parametrize("way", [forward.OwnLogits, Padded])
+def test_rows_at_the_rope_switch(way):
+    """The last token is only predicted, and its position decides on all others."""
+    model = build_family("Phi-3, LongRoPE")
+    way = way(forward.Decoder(model, model.config))
+    rows = [Row(tuple(range(1, length)), (3, 4, 5)) for length in (17, 18, 19)]  # of 19, 20 and 21 tokens
+    layout = Layout(rows)
+    with torch.inference_mode():
+        found = {index: way.run(layout, job) for job in way.plan(layout, 1) for index in job.rows}
+    assert_naive(model, rows, [found[index] for index in range(3)])
+
+
+@pytest.mark.parametrize("family", ["Mamba", "RWKV"])
+def test_scores_without_heads_are_none(family):
+    model = build_family(family)
+    assert not hasattr(model.config, "num_attention_heads")
+    assert forward.Decoder(model, model.config).scores is None

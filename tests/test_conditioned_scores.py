@@ -137,6 +137,68 @@ def test_the_likelihood_router(long_pair, tokenizer):
     assert unreadable[0].domain is None
 
 
+def favour(model, tokenizer, label):
+    """Let a model predict the first token of a label after everything."""
+    [first, *_] = tokenizer(label, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1)
+        model.model.embed_tokens.weight.fill_(1)
+        model.lm_head.weight[first] = 9
+
+
+def test_route_follows_weights_that_change(long_pair, tokenizer):
+    """A trainer may train a model that was passed as an object."""
+    strong, weak = long_pair
+    scorer = make(DensityRatioScorer, strong, weak, tokenizer, criteria=CRITERIA, router="likelihood")
+    for label in ("lazy", "plain", "quick"):
+        favour(strong, tokenizer, label)
+        assert scorer.route(PROMPTS) == [label] * 4
+
+
+def test_route_asks_again_after_unload(long_checkpoints, long_pair, tokenizer):
+    """All who share the pair ask again, also if another scorer unloads it."""
+    first = DensityRatioScorer(**long_checkpoints, criteria=CRITERIA, router="likelihood")
+    second = DensityRatioScorer(share=first, criteria=CRITERIA, router="likelihood")
+    for label in ("lazy", "plain"):
+        favour(long_pair[0], tokenizer, label)
+        long_pair[0].save_pretrained(long_checkpoints["strong"])
+        second.unload()
+        assert first.route(PROMPTS) == second.route(PROMPTS) == [label] * 4
+        lengths = strong_forwards(first)
+        assert first.route(PROMPTS) == [label] * 4  # remembered while the pair is loaded
+        assert lengths == []
+
+
+def test_route_nan_is_a_reason(long_pair, tokenizer):
+    strong, weak = long_pair
+    with torch.no_grad():
+        strong.model.norm.weight.fill_(float("nan"))
+    scorer = make(DensityRatioScorer, strong, weak, tokenizer, criteria=CRITERIA, router="likelihood")
+    assert scorer.route(PROMPTS) == [None] * 4
+    [score] = scorer.score([chat("hello")], ["x"])
+    assert "the strong model's mean log-probability of the label 'lazy' is nan, and must be finite" in score.error
+    assert score.value is None
+
+
+def test_route_long_prompts_get_reasons(long_pair, tokenizer):
+    """A prompt that is cut would lose the names of the labels, and each label would see another one."""
+    options = {"criteria": CRITERIA, "router": "likelihood"}
+    free = make(DensityRatioScorer, *long_pair, tokenizer, **options)
+    short, long = chat("hello"), chat("hello " * 40)
+    text = render(tokenizer, chat(ask(short[0]["content"], list(CRITERIA.domains))))
+    longest = max(len(tokenizer(label)["input_ids"]) for label in CRITERIA.domains)
+    max_length = len(tokenizer(text)["input_ids"]) + longest
+    scorer = make(DensityRatioScorer, *long_pair, tokenizer, max_length=max_length, **options)
+    assert scorer.route([short, long]) == [free.route([short])[0], None]
+    _, score = scorer.score([short, long], ["x", "x"])
+    assert f"the classification prompt has more tokens than strong reads ({max_length})" in score.error
+    shorter = make(DensityRatioScorer, *long_pair, tokenizer, max_length=max_length - 1, **options)
+    [score] = shorter.score([short], ["x"])
+    assert "more tokens than strong reads" in score.error  # one label does not fit
+
+
 def test_a_base_model_classifies_raw_text(long_pair):
     tokenizer = byte_tokenizer(template=None)
     scorer = make(DensityRatioScorer, *long_pair, tokenizer, criteria=CRITERIA, router="likelihood")

@@ -1,5 +1,7 @@
 """Which domain a prompt belongs to, by every rule, and what each rule refuses."""
 
+import pickle
+
 import pytest
 from tiny import chat
 
@@ -122,15 +124,77 @@ def test_likelihood_takes_the_most_likely_label_and_remembers():
         asked.extend(texts)
         return [[-1.0 if (label == "math") == ("+" in text) else -2.0 for label in labels] for text in texts]
 
-    router = Router(CRITERIA, router="likelihood")
-    assert router.route(PROMPTS, None, score) == ["math", "poems", "math"]
+    router, model = Router(CRITERIA, router="likelihood"), Model()
+    assert router.route(PROMPTS, None, score, lambda: model) == ["math", "poems", "math"]
     assert asked == [ask(text, ["math", "poems", "other"]) for text in ("1 + 1", "a poem", "2 + 2")]
-    assert router.route([chat("2 + 2"), chat("3 + 3")], None, score) == ["math", "math"]
+    assert router.route([chat("2 + 2"), chat("3 + 3")], None, score, lambda: model) == ["math", "math"]
     assert len(asked) == 4  # the first was known
-    first, second, third = router.route([None, [], chat("2 + 2")], None, never)
+    first, second, third = router.route([None, [], chat("2 + 2")], None, never, lambda: model)
     assert first == second == NoDomain("its domain can't be told: no user's turn of the prompt can be read")
     assert third == "math"
-    assert router.route([chat("unreadable")], None, lambda texts, labels: [None]) == [first]
+
+
+class Model:
+    """Stands for the object that scores labels."""
+
+
+def always(label):
+    """A function that scores one label highest, whatever is asked."""
+    return lambda texts, labels: [[-1.0 if name == label else -2.0 for name in labels] for _ in texts]
+
+
+def test_route_forgets_answers_of_another_model():
+    router, first, second = Router(CRITERIA, router="likelihood"), Model(), Model()
+    assert router.route(["a"], None, always("math"), lambda: first) == ["math"]
+    assert router.route(["a"], None, never, lambda: first) == ["math"]
+    assert router.route(["a"], None, always("poems"), lambda: second) == ["poems"]
+    assert router.route(["a"], None, always("other"), lambda: first) == ["other"]
+
+
+def test_route_forgets_answers_of_changing_weights():
+    router = Router(CRITERIA, router="likelihood")
+    for label in ("math", "poems"):
+        assert router.route(["a", "a"], None, always(label), lambda: None) == [label] * 2
+        assert router.route(["a"], None, always(label)) == [label]
+
+
+def test_route_forgets_answers_when_told():
+    router, model = Router(CRITERIA, router="likelihood"), Model()
+    assert router.route(["a"], None, always("math"), lambda: model) == ["math"]
+    copy = pickle.loads(pickle.dumps(router))  # without the answers
+    router.forget()
+    for each in (router, copy):
+        assert each.route(["a"], None, always("poems"), lambda: model) == ["poems"]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("values", "domain"),
+    [
+        ([NAN, NAN, NAN], "'math' is nan"),
+        ([-1.0, NAN, -2.0], "'poems' is nan"),
+        ([NAN, -1.0, -2.0], "'math' is nan"),
+        ([-INF, -INF, -INF], "'math' is -inf"),
+        ([-1.0, INF, -2.0], "'poems' is inf"),
+        ([-INF, -2.0, -INF], "poems"),
+    ],
+)
+def test_route_labels_without_a_likelihood(values, domain):
+    router, model = Router(CRITERIA, router="likelihood"), Model()
+    [found] = router.route(["a"], None, lambda texts, labels: [values], lambda: model)
+    if isinstance(found, NoDomain):
+        assert f"mean log-probability of the label {domain}, and must be finite" in found.reason
+        assert router.route(["a"], None, always("math"), lambda: model) == ["math"]  # the reason is not remembered
+    else:
+        assert found == domain
+
+
+def test_route_passes_reasons_on():
+    reason = NoDomain("too long")
+    router = Router(CRITERIA, router="likelihood")
+    assert router.route(["a"], None, lambda texts, labels: [reason], Model) == [reason]
 
 
 def test_the_request():

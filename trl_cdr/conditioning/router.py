@@ -4,6 +4,8 @@ Knows no model: for `likelihood` it is handed a function that scores labels. `cr
 """
 
 import importlib
+import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +17,6 @@ from .criteria import Criteria, Prompt
 COLUMN = "column:"
 LIKELIHOOD = "likelihood"
 
-# (texts, labels) -> for each text the mean log-probability of each label's tokens, nats; None where there is none
-LabelScorer = Callable[[Sequence[str], Sequence[str]], Sequence[Sequence[float] | None]]
 
 # What a request is shown by is its start; more would cost more than it tells.
 _SHOWN_CHARACTERS = 2000
@@ -29,6 +29,9 @@ class NoDomain:
 
     reason: str
 
+
+# (texts, labels) -> for each text the mean log-probability of each label's tokens, nats, or why there is none
+LabelScorer = Callable[[Sequence[str], Sequence[str]], Sequence[Sequence[float] | NoDomain]]
 
 _UNREADABLE = NoDomain("its domain can't be told: no user's turn of the prompt can be read")
 
@@ -57,7 +60,8 @@ class Router:
         self._constant: str | None = None
         self._callable: Callable[[Prompt], str] | None = None
         self._name = str(router)
-        self._known: dict[str, str] = {}
+        self._known: dict[str, str] = {}  # requests and their domains, as the model below found them
+        self._model: weakref.ref[Any] | None = None
         if domain is not None:
             try:
                 self._constant = criteria.resolve(domain)
@@ -128,7 +132,11 @@ class Router:
         return (self._constant, self._column, self._callable) == (None, None, None) and not self._by_likelihood
 
     def route(
-        self, prompts: Sequence[Prompt], domains: Sequence[Any] | None, score_labels: LabelScorer
+        self,
+        prompts: Sequence[Prompt],
+        domains: Sequence[Any] | None,
+        score_labels: LabelScorer,
+        find_model: Callable[[], Any] | None = None,
     ) -> list[str | NoDomain]:
         """
         The domain of each prompt.
@@ -137,10 +145,14 @@ class Router:
             prompts (`Sequence`): Strings or conversations.
             domains (`Sequence[str | None]`, *optional*): What the caller knows; it wins.
             score_labels (`LabelScorer`): Called for `likelihood` alone.
+            find_model (`Callable`, *optional*): Returns the object that scores labels now. Answers are remembered until
+                it returns another object. If it returns `None`, its weights may change, and no answer is remembered.
+                Called for `likelihood` alone. Without it nothing is remembered.
 
         Returns:
             `list[str | NoDomain]`: One of the criteria's domains for each, or why there is none: a domain that the
-            criteria do not know, a value that is no name, a prompt that can't be read or classified.
+            criteria do not know, a value that is no name, a prompt that can't be read or classified, or labels without
+            a log-probability (NaN, or a classification prompt that is too long).
 
         Raises:
             InputError: nothing at all says what the domains are, or the router's function raised.
@@ -148,10 +160,23 @@ class Router:
         asked: list[Any] = [None] * len(prompts) if domains is None else list(domains)
         unknown = [index for index, domain in enumerate(asked) if domain is None]
         if unknown:
+            model = find_model() if find_model is not None and self._by_likelihood else None
+            if model is None or self._model is None or self._model() is not model:
+                self.forget()
+            self._model = None if model is None else weakref.ref(model)
             found = self._find([prompts[index] for index in unknown], score_labels, is_told=domains is not None)
             for index, name in zip(unknown, found, strict=True):
                 asked[index] = name
         return [domain if isinstance(domain, NoDomain) else self._resolve(domain) for domain in asked]
+
+    def forget(self) -> None:
+        """Forget the domains that the strong model has found."""
+        self._known.clear()
+        self._model = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what a loaded model has found, which stays behind."""
+        return {**self.__dict__, "_known": {}, "_model": None}
 
     def _find(self, prompts: Sequence[Prompt], score_labels: LabelScorer, *, is_told: bool) -> Sequence[str | NoDomain]:
         """The domains that a call leaves open. `is_told`: the call names some."""
@@ -193,16 +218,32 @@ class Router:
 
     def _classify(self, prompts: Sequence[Prompt], score_labels: LabelScorer) -> list[str | NoDomain]:
         requests = [read_request(prompt) for prompt in prompts]
-        new = list(dict.fromkeys(text for text in requests if text is not None and text not in self._known))
+        found: dict[str | None, str | NoDomain] = {None: _UNREADABLE}
+        found |= {text: self._known[text] for text in requests if text is not None and text in self._known}
+        new = list(dict.fromkeys(text for text in requests if text not in found))
         if new:
             labels = list(self.domains)
-            for text, values in zip(new, score_labels([ask(text, labels) for text in new], labels), strict=True):
-                if values is not None:
-                    self._known[text] = labels[max(range(len(labels)), key=values.__getitem__)]
-        found = [_UNREADABLE if text is None else self._known.get(text, _UNREADABLE) for text in requests]
-        while len(self._known) > _REMEMBERED:
-            del self._known[next(iter(self._known))]
-        return found
+            scores = score_labels([ask(str(text), labels) for text in new], labels)
+            found |= {text: _likeliest(labels, values) for text, values in zip(new, scores, strict=True)}
+        if self._model is not None:
+            self._known |= {str(text): str(found[text]) for text in new if isinstance(found[text], str)}
+            while len(self._known) > _REMEMBERED:
+                del self._known[next(iter(self._known))]
+        return [found[text] for text in requests]
+
+
+def _likeliest(labels: Sequence[str], values: Sequence[float] | NoDomain) -> str | NoDomain:
+    """Return the label with the highest log-probability. If one is NaN or none is finite, return the reason."""
+    if isinstance(values, NoDomain):
+        return values
+    broken = [index for index, value in enumerate(values) if math.isnan(value)]
+    best = broken[0] if broken else max(range(len(labels)), key=values.__getitem__)
+    if math.isfinite(values[best]):
+        return labels[best]
+    return NoDomain(
+        f"its domain can't be told: the strong model's mean log-probability of the label {labels[best]!r} is "
+        f"{values[best]}, and must be finite. Check the model's weights, or load it with another cdr_dtype"
+    )
 
 
 def ask(request: str, labels: Sequence[str]) -> str:

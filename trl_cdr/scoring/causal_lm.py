@@ -55,7 +55,7 @@ class CausalLM:
 
     Raises:
         ModelError: an encoder-decoder, or a model without a language-modelling head. At the first call: its own forward
-            fails.
+            fails, or its log-probabilities of a token depend on later tokens.
     """
 
     def __init__(self, model: nn.Module, role: str, *, prefix_cache_tokens: int = 0, seed: int = 0) -> None:
@@ -190,7 +190,7 @@ class CausalLM:
             way = self._choose(layout, token_budget)
             if padded and self._padded is not None:
                 way = self._padded
-            if layout.longest > self.decoder.rope_switch:
+            if layout.longest >= self.decoder.rope_switch:
                 token_budget = 1  # each row alone, as its own length decides on its positions
             results = self._run(way, layout, token_budget, reduce)
             if way is self._packed and self._padded is not None:
@@ -261,7 +261,8 @@ class CausalLM:
         """The way that runs fewer tokens. Depends on the rows alone, so that scores do not depend on the cache."""
         if self._padded is None:
             return self._own
-        if self._packed is None or layout.longest > min(self.decoder.rope_switch, self._longest_packed):
+        is_short = layout.longest < self.decoder.rope_switch and layout.longest <= self._longest_packed
+        if self._packed is None or not is_short:
             return self._padded
         unique, padded = (self._tokens(way, layout, token_budget) for way in (self._packed, self._padded))
         return self._packed if unique <= PACKED_SHARE * padded else self._padded
@@ -368,11 +369,15 @@ class CausalLM:
                     num_ids=self.num_embeddings,
                     num_positions=self.num_positions,
                     seed=self._seed,
+                    has_experts=self.decoder.has_experts,
                 )
+                later = check.sees_later_tokens()
             except Exception as error:  # remote code and kernels may raise any exception
                 if _compat.is_out_of_memory(error):
                     raise
                 raise ModelError(self._why_it_fails(error)) from error
+            if later is not None:
+                raise ModelError(self._why_it_looks_ahead(later))
             padded, packed = Padded(self.decoder), Packed(self.decoder, prefix_cache_tokens=self._prefix_cache_tokens)
             padded_reason = check.differs(padded, "padded")
             reason = padded_reason or why_not_packed(self.decoder) or missing_input(self.decoder)
@@ -393,6 +398,14 @@ class CausalLM:
                 "one type, as by model.to(torch.bfloat16)."
             )
         return message
+
+    def _why_it_looks_ahead(self, difference: str) -> str:
+        return (
+            f"{self._role} ({self.name}) is a {type(self.model).__name__} whose log-probabilities of a token change by "
+            f"{difference} if later tokens change. Each token must depend on earlier tokens only. Use a causal "
+            "language model, or make this one causal in its config (is_decoder=True for BERT, "
+            "use_bidirectional_attention=False for Gemma 3)."
+        )
 
     def _log_way(self, layout: Layout, token_budget: int) -> None:
         """

@@ -4,12 +4,14 @@
 log-probabilities, and chooses.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
 from .. import _compat
@@ -66,8 +68,7 @@ class Decoder:
         self.config = config
         inner = unwrap(model)
         self._head = inner.get_output_embeddings()
-        # Gemma 3's base_model is the whole model in transformers 4; drop with that floor.
-        self.backbone = inner.base_model if inner.base_model is not inner else inner.get_decoder()
+        self.backbone = _find_backbone(inner)
 
     @property
     def device(self) -> torch.device:
@@ -87,13 +88,50 @@ class Decoder:
         The length beyond which a forward turns all its positions differently, infinite for most models.
 
         LongRoPE and dynamic scaling look at the longest row of a forward, so that rows would depend on their company.
+        If layer types have parameters of their own, the smallest length of all of them is returned.
         """
+        return min(map(self._switch_of, self._rope))
+
+    @property
+    def has_experts(self) -> bool:
+        """True if the config counts experts: a router chooses among them for each token."""
+        return _counts_experts(self.config.to_dict())
+
+    def read_ids(self, row: Row) -> tuple[int, ...]:
+        """
+        Return the ids that a forward reads of a row: all but the last one, which is only predicted.
+
+        If the length decides on positions, the whole row is read, as in a trainer's own forward.
+        """
+        return row.inputs if self.rope_switch == float("inf") else row.ids
+
+    def forget_rows(self, longest: int) -> None:
+        """
+        Make dynamic RoPE forget the rows that it has seen, before a forward that is not shorter than `rope_switch`.
+
+        Transformers keeps the frequencies of the longest row until a row below the switch is run.
+
+        Args:
+            longest (`int`): Tokens of the next forward's longest row.
+        """
+        if longest >= self.rope_switch and any("dynamic" in _rope_type(rope) for rope in self._rope):
+            self.model(input_ids=torch.tensor([[0]], device=self.device), use_cache=False, return_dict=True)
+
+    @property
+    def _rope(self) -> list[Mapping[str, Any]]:
+        """RoPE's parameters: of each layer type (transformers 5), or one for all layers."""
         rope = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
-        if rope.get("rope_type", rope.get("type")) not in ("longrope", "su", "dynamic"):
+        return [value for value in rope.values() if isinstance(value, Mapping)] or [rope]
+
+    def _switch_of(self, rope: Mapping[str, Any]) -> float:
+        kind = _rope_type(rope)
+        if kind not in ("longrope", "su") and "dynamic" not in kind:
             return float("inf")
-        original = rope.get("original_max_position_embeddings")
-        original = original or getattr(self.config, "original_max_position_embeddings", None)
-        return float(original or self.config.max_position_embeddings)
+        name = "original_max_position_embeddings"
+        original = rope.get(name) or getattr(self.config, name, None)
+        if original is None or "dynamic" in kind:  # transformers looks at the config's positions alone
+            original = min(original or math.inf, self.config.max_position_embeddings)
+        return float(original)
 
     def batch_tokens(self, token_budget: int) -> int:
         """Tokens of one padded batch, at most."""
@@ -101,8 +139,13 @@ class Decoder:
 
     @property
     def scores(self) -> int | None:
-        """Scores of one layer's attention, at most, where it makes them all (eager), else None."""
-        if _compat.attention_implementation(self.config) != "eager":
+        """
+        Scores of one layer's attention, at most, where it makes them all (eager), else None.
+
+        Models without attention (Mamba, RWKV) have no heads in their config and make no scores.
+        """
+        has_heads = getattr(self.config, "num_attention_heads", None) is not None
+        if not has_heads or _compat.attention_implementation(self.config) != "eager":
             return None
         return CPU_SCORES if self.device.type == "cpu" else ACCELERATOR_SCORES
 
@@ -185,14 +228,17 @@ class OwnLogits:
         return torch.cat([self._run_row(layout.rows[index], reduce) for index in job.rows])
 
     def _run_row(self, row: Row, reduce: Reduce) -> Tensor:
-        kept = len(row.completion_ids)
+        kept, ids = len(row.completion_ids), self._decoder.read_ids(row)
+        unread = len(ids) - len(row.inputs)
+        self._decoder.forget_rows(len(ids))
         output = self._decoder.model(
-            input_ids=torch.tensor([row.inputs], device=self._decoder.device),
+            input_ids=torch.tensor([ids], device=self._decoder.device),
             use_cache=False,
             return_dict=True,
-            **({"logits_to_keep": kept} if self._decoder.keeps_logits else {}),
+            **({"logits_to_keep": kept + unread} if self._decoder.keeps_logits else {}),
         )
-        logits = output.logits[0, output.logits.shape[1] - kept :]  # (C, V)
+        stop = output.logits.shape[1] - unread
+        logits = output.logits[0, stop - kept : stop]  # (C, V)
         targets = torch.tensor(row.completion_ids, device=logits.device)  # (C,)
         return head_logps(logits, targets, lambda kept: kept, vocab_size=logits.shape[1], reduce=reduce)
 
@@ -219,9 +265,9 @@ class Padded:
 
     def run(self, layout: Layout, job: Job, reduce: Reduce = token_logps) -> Tensor:
         rows = [layout.rows[index] for index in job.rows]
-        # Where length decides on positions the whole row counts, as in a trainer's own forward.
-        inputs = [row.inputs if self._decoder.rope_switch == float("inf") else row.ids for row in rows]
+        inputs = [self._decoder.read_ids(row) for row in rows]
         longest = max(map(len, inputs))
+        self._decoder.forget_rows(longest)
         input_ids = torch.zeros(len(rows), longest, dtype=torch.long)  # (B, T)
         predicting: list[int] = []  # places in the batch as one sequence, (N,)
         for index, (row, ids) in enumerate(zip(rows, inputs, strict=True)):
@@ -233,3 +279,30 @@ class Padded:
         # Places, not a mask of them, and copies that block nothing: the host need not wait for the device.
         hidden = hidden.flatten(0, 1)[torch.tensor(predicting).to(hidden.device, non_blocking=True)]  # (N, H)
         return self._decoder.logps(hidden, targets, reduce)
+
+
+def _find_backbone(model: Any) -> Any:
+    """Return the part of a model that computes its hidden states."""
+    # Gemma 3's base_model is the whole model in transformers 4; drop with that floor.
+    backbone = model.base_model if model.base_model is not model else model.get_decoder()
+    if backbone is not model:
+        return backbone
+    # Llama 4's text model names no part as its base: it is the child that has the embeddings.
+    embeddings = model.get_input_embeddings()
+    children: list[nn.Module] = [child for child in model.children() if child is not embeddings]
+    return next((child for child in children if any(part is embeddings for part in child.modules())), model)
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    return str(rope.get("rope_type", rope.get("type")))
+
+
+def _counts_experts(config: Mapping[Any, Any]) -> bool:
+    """Return True if a value of a config, or of one inside of it, is the number of several experts."""
+    for name, value in config.items():
+        if isinstance(value, Mapping) and _counts_experts(value):
+            return True
+        is_count = str(name).endswith("experts") and "shared" not in str(name)
+        if is_count and isinstance(value, int) and value > 1:
+            return True
+    return False

@@ -4,7 +4,7 @@ Chooses nothing: `causal_lm` asks and decides. The tests compare whole architect
 a checkpoint with code or kernels of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +25,16 @@ from .types import Row
 # places counted in the sequence by 0.6 to 1.8, and where branches see each other by 2.8 to 8.4.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-1, torch.bfloat16: 3e-1}
 
+# Share of the tokens that may differ if a model in half precision has experts: a router often rates two of them nearly
+# equal, and rounding decides. In tiny models (Qwen3-MoE, Mixtral, OLMoE, 12 seeds) one or two of the probe's 22 tokens
+# differ, and 8 or more in wrong ways.
+FLIPPED_SHARE = 0.25
+
 _BUDGETS = (512, MIN_PREFIX)  # whole trees in a pack; and trees that are cut at their fork
 _SHORT_WINDOW = 16  # shorter than the probe's rows
+# Tokens of a row, and of its start that two rows share. 7 is no multiple of a block in which tokens see each other.
+_ROW, _SHARED = 24, 7
+_NUM_LOGITS = 64  # ids whose log-probabilities are compared at each token of the start
 
 
 class LoadCheck:
@@ -39,15 +47,45 @@ class LoadCheck:
         num_ids (`int`): Token ids that it can read.
         num_positions (`int`, *optional*): Tokens that it can read at once.
         seed (`int`): Draws the tokens.
+        has_experts (`bool`, *optional*, defaults to `False`): A router chooses among experts. In half precision a
+            quarter of the tokens may then differ by more than the tolerance.
     """
 
-    def __init__(self, own: Way, *, dtype: torch.dtype, num_ids: int, num_positions: int | None, seed: int) -> None:
-        self._layouts = _probes(min(num_ids, 256), num_positions, seed=seed)
-        found = [_run(own, layout, 1, reduce=_logps_and_largest) for layout in self._layouts]  # (N, 2) each
+    def __init__(
+        self,
+        own: Way,
+        *,
+        dtype: torch.dtype,
+        num_ids: int,
+        num_positions: int | None,
+        seed: int,
+        has_experts: bool = False,
+    ) -> None:
+        self._own = own
+        self._may_flip = has_experts and dtype.itemsize < torch.float32.itemsize
+        num_single = 4 if self._may_flip else 1  # of a single one no share may differ
+        self._probes = _probes(min(num_ids, 256), num_positions, seed=seed, num_single=num_single)
+        self._pair, self._num_same = _same_start(min(num_ids, 256), num_positions, seed=seed)
+        found = [_run_all(own, probe, 1, reduce=_logps_and_largest) for probe in self._probes]  # (N, 2) each
         self._expected = [each[:, 0] for each in found]
         largest = max(float(each[:, 1].max()) for each in found)
         # A logit is rounded where the head writes it: two steps of its type may lie between two right ways.
         self._tolerance = max(TOLERANCE.get(dtype, max(TOLERANCE.values())), 2 * torch.finfo(dtype).eps * largest)
+
+    def sees_later_tokens(self) -> str | None:
+        """
+        Compare the model's own log-probabilities at the common start of two rows that end differently.
+
+        The rows have one length: dynamic RoPE depends on it, and that is allowed.
+
+        Returns:
+            `str` or `None`: how they differ; `None` if they are equal.
+        """
+        first, second = (_run(self._own, Layout([row]), 1, reduce=_first_logps) for row in self._pair)  # (T, 64) each
+        first, second = first[: self._num_same], second[: self._num_same]
+        # NaN of a later token reaches earlier ones through a weight of 0: that is no attention.
+        is_number = ~(first.isnan() | second.isnan()).any(dim=1)
+        return self._compare(first[is_number], second[is_number])
 
     def differs(self, way: Way, name: str) -> str | None:
         """
@@ -60,18 +98,28 @@ class LoadCheck:
         Returns:
             `str` or `None`: how they differ, or that the way fails; `None` if they are equal.
         """
-        for layout, expected in zip(self._layouts, self._expected, strict=True):
+        for probe, expected in zip(self._probes, self._expected, strict=True):
             for budget in _BUDGETS:
                 try:
-                    logps = _run(way, layout, budget)
+                    logps = _run_all(way, probe, budget)
                 except Exception as error:  # remote code and kernels may raise any exception
                     if _compat.is_out_of_memory(error):
                         raise
                     return f"its forward fails on {name} rows: {describe_error(error)}"
-                if not torch.allclose(logps, expected, rtol=0, atol=self._tolerance, equal_nan=True):
-                    difference = (logps - expected).abs().max()
-                    return f"{name} log-probabilities differ from its own by up to {difference:.2g} nats"
+                difference = self._compare(logps, expected)
+                if difference is not None:
+                    return f"{name} log-probabilities differ from its own by {difference}"
         return None
+
+    def _compare(self, logps: Tensor, expected: Tensor) -> str | None:
+        """The difference of two tensors of shape (N, ...), nats; `None` if they count as equal."""
+        is_off = ~torch.isclose(logps, expected, rtol=0, atol=self._tolerance, equal_nan=True)
+        num_off = int((is_off if is_off.ndim == 1 else is_off.any(dim=1)).sum())
+        is_broken = bool((logps.isfinite() != expected.isfinite()).any())
+        if num_off == 0 or (self._may_flip and not is_broken and num_off <= FLIPPED_SHARE * len(logps)):
+            return None
+        difference = f"up to {(logps - expected)[is_off].abs().max():.2g} nats"
+        return f"{difference} (at {num_off} of {len(logps)} tokens)" if self._may_flip else difference
 
 
 def missing_input(decoder: Decoder) -> str | None:
@@ -139,6 +187,11 @@ def _logps_and_largest(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([token_logps(logits, targets), largest], dim=1)
 
 
+def _first_logps(logits: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG001 - the rows' targets differ
+    """(n, 64): the log-probabilities of the first ids, nats."""
+    return logits.float().log_softmax(dim=-1)[:, :_NUM_LOGITS]
+
+
 def _run(way: Way, layout: Layout, token_budget: int, reduce: Reduce = token_logps) -> Tensor:
     """What `reduce` keeps of all rows' completion tokens, in the rows' order: (N, ...)."""
     results: dict[int, Tensor] = {}
@@ -148,9 +201,14 @@ def _run(way: Way, layout: Layout, token_budget: int, reduce: Reduce = token_log
     return torch.cat([results[index] for index in range(len(layout.rows))])
 
 
-def _probes(num_ids: int, num_positions: int | None, *, seed: int) -> list[Layout]:
+def _run_all(way: Way, layouts: list[Layout], token_budget: int, reduce: Reduce = token_logps) -> Tensor:
+    """As `_run`, for several layouts."""
+    return torch.cat([_run(way, layout, token_budget, reduce) for layout in layouts])
+
+
+def _probes(num_ids: int, num_positions: int | None, *, seed: int, num_single: int) -> list[list[Layout]]:
     """
-    A long and a short prompt behind a common prefix, with two completions each, of random tokens; and a pack of a
+    A long and a short prompt behind a common prefix, with two completions each, of random tokens; and packs of a
     single token behind that prefix, which libraries take other ways for.
 
     The ids are low ones: among the high ones are placeholders of images, which some forwards refuse.
@@ -160,12 +218,30 @@ def _probes(num_ids: int, num_positions: int | None, *, seed: int) -> list[Layou
     prompts, completions = ((max(3, min(MIN_PREFIX + 9, room - num_prefix - 8)), 5), (4, 7))
     if room < 16:
         prompts, completions = (1, 2), (1, 2)
+    draw = _drawing(num_ids, seed)
+    prefix = draw(num_prefix)
+    rows = [Row(prompt, draw(m)) for prompt in [prefix + draw(n) for n in prompts] for m in completions]
+    singles = []
+    for _ in range(num_single):
+        last = draw(1)
+        singles.append(Layout([Row(prefix + last, draw(1)) for _ in range(2)], constant=prefix))
+    return [[Layout(rows)], singles]
+
+
+def _same_start(num_ids: int, num_positions: int | None, *, seed: int) -> tuple[list[Row], int]:
+    """Two rows of one length with the same start of random tokens, and its length; all later tokens differ."""
+    length = max(3, min(_ROW, num_positions or _ROW))
+    ids = _drawing(num_ids, seed)(length)
+    num_same = min(_SHARED, length - 2)  # the last token is predicted and not read
+    other = ids[:num_same] + tuple((id + 1) % num_ids for id in ids[num_same:])
+    return [Row(row[:1], row[1:]) for row in (ids, other)], num_same
+
+
+def _drawing(num_ids: int, seed: int) -> Callable[[int], tuple[int, ...]]:
+    """A function that draws so many random ids."""
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def draw(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(num_ids, (count,), generator=generator, device="cpu").tolist())
 
-    prefix = draw(num_prefix)
-    rows = [Row(prompt, draw(m)) for prompt in [prefix + draw(n) for n in prompts] for m in completions]
-    last = draw(1)
-    return [Layout(rows), Layout([Row(prefix + last, draw(1)) for _ in range(2)], constant=prefix)]
+    return draw

@@ -24,7 +24,7 @@ PrefixKey = tuple[int, tuple[int, ...]]  # tokens of a forward, at most, and the
 # may take our mask and positions and still count on a token's place in the sequence (GPT-Neo's local layers do).
 VERIFIED = frozenset(
     {"cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral"}
-    | {"mixtral", "olmo", "olmo2", "olmo3", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}
+    | {"mixtral", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}
 )
 # Its eager attention cuts a causal mask of so many places for each forward, whatever the positions are.
 _PLACES_ARE_COUNTED = {"gpt2"}

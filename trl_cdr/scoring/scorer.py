@@ -235,15 +235,15 @@ class DensityRatioScorer:
         """As `route`, with the reason where there is no domain; `None` without criteria."""
         if self.router is None:
             return [None] * len(prompts) if domains is None else list(domains)
-        with self._source.use():  # the router remembers
-            return self.router.route(prompts, domains, self._score_labels, self._fixed_pair)
 
-    def _fixed_pair(self) -> Pair | None:
-        """Return the loaded pair; `None` if strong's weights may change: an object, a server's or the policy's base."""
-        pair = self._load()[0]
-        if pair.strong.is_served or pair.strong.local.weights is None or self.config.cdr_share_policy:
-            return None
-        return pair
+        def find_model() -> Pair | None:
+            """Return the loaded pair; `None` for an object, a server's model or the policy's base: they may change."""
+            pair = self._load()[0]
+            may_change = pair.strong.is_served or pair.strong.local.weights is None or self.config.cdr_share_policy
+            return None if may_change else pair
+
+        with self._source.use():  # the router remembers
+            return self.router.route(prompts, domains, self._score_labels, find_model)
 
     def confusion(self, prompts: Sequence[Prompt], domains: Sequence[str]) -> dict[str, dict[str, int]]:
         """
