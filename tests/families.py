@@ -173,7 +173,7 @@ if Qwen3NextForCausalLM is not None:
         "padded",
     )
 
-# Families that examples/RESULTS.md does not list.
+# Families that the tests of kept keys and values, and the canary, leave out.
 MORE_FAMILIES = {
     "OLMoE": (OlmoeForCausalLM, OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}, "packed"),
     "Llama 4": (
