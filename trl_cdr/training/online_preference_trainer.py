@@ -41,8 +41,8 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
     best checkpoint is by default the one with the highest `eval_reward`.
 
     Policy and reference are run on the chosen and the rejected completions only, without temperature, however the
-    completions were sampled. This trainer keeps no float32 copy of the logits. With `bf16=True` or `fp16=True` accelerate
-    makes one. On a GPU TRL's fused head (TRL 1.15 and later) never makes logits.
+    completions were sampled. This trainer keeps no float32 copy of the logits; with `bf16=True` or `fp16=True`
+    accelerate makes one. On a GPU TRL's fused head (TRL 1.15 and later) never makes logits.
 
     Args:
         model, reward_funcs, args, **kwargs: As for `GRPOTrainer`; `args` is an [`OnlinePreferenceConfig`]. With
