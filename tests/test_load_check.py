@@ -275,7 +275,7 @@ EXPERTS = ["Qwen3-MoE", "Mixtral", "OLMoE"]
 @pytest.mark.parametrize("family", EXPERTS)
 def test_check_allows_flipped_experts(family, dtype):
     model = build_family(family, **MANY_EXPERTS).to(dtype)
-    for seed in range(12):
+    for seed in range(4):
         assert CausalLM(model, "strong", seed=seed).way() == ("packed", "")
 
 

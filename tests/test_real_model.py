@@ -190,8 +190,10 @@ def test_date_that_changes_within_a_run(pair, smollm_folder, tmp_path):
     scorer.use_date(date(2026, 11, 30))
     other = [score.strong_logps for score in scorer.score(PROMPTS[:2], COMPLETIONS[:2])]
     assert max(abs(one - two) for one, two in zip(expected, other, strict=True)) > 1e-2
-    folder = str(tmp_path / "out")
-    config = CDRConfig(str(smollm_folder), str(smollm_folder), cdr_gate="none", cdr_chat_template=str(template))
+    folder, weak = str(tmp_path / "out"), str(tmp_path / "weak")
+    pair["weak"].save_pretrained(weak)
+    pair["weak_tokenizer"].save_pretrained(weak)
+    config = CDRConfig(str(smollm_folder), weak, cdr_gate="none", cdr_chat_template=str(template))
     data = Dataset.from_dict({"prompt": PROMPTS[:2], "completion": COMPLETIONS[:2]})
     for shard, day in enumerate(("2026-11-29", None)):
         arguments = ScoreArguments("rows", folder, shard_size=1, shard=f"{shard}/2")

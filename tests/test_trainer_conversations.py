@@ -27,10 +27,7 @@ from trl_cdr import (
 from trl_cdr._compat import policy_prompt_ids
 from trl_cdr.annotation.writers import load_policy
 
-pytestmark = [
-    pytest.mark.compat,
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is:FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is:FutureWarning")
 PROMPTS = [chat("hello"), chat("what is this"), chat("the quick brown fox"), chat("system:be kind", "a lazy dog")]
 KINDS = {
     "grpo": (GRPOConfig, GRPOTrainer),
@@ -94,6 +91,7 @@ def assert_policys_prompts(trainer, reward, pair):
             assert reward_ == pytest.approx(float(expected), abs=1e-3)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("name", KINDS)
 def test_rewards_after_the_policys_prompt(name, thinking, tmp_path, tokenizer, pair, caplog):
@@ -180,6 +178,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("difference", OTHERS)
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_other_prompts_are_one_warning(name, difference, tmp_path, tokenizer, pair, caplog):
@@ -212,6 +211,7 @@ def test_other_prompts_of_weak_alone(tmp_path, tokenizer, pair, caplog):
         assert "and strong reads" not in caplog.text
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(("thinking", "is_told"), [(None, False), (False, True)])
 def test_online_dpo_prompts_are_compared(thinking, is_told, tmp_path, tokenizer, pair, caplog):
     """Its trainer has no variables: those of the pair are told from the policy's prompt."""
