@@ -207,16 +207,19 @@ def test_a_slow_server(server, strong, ask):
 
 
 def kill_at(server, number, after):
-    """Kill the server at a request, and do the rest meanwhile."""
+    """Kill the server in the midst of a request, and do the rest meanwhile."""
+    first, killed = threading.Lock(), threading.Event()
 
     def then():
         server.kill()
+        killed.set()
         after()
 
     def before(path, body):
-        if len(server.seen) == number:
+        # Requests run at once: the number may be passed before anyone looks.
+        if len(server.seen) >= number and first.acquire(blocking=False):
             threading.Thread(target=then).start()
-            time.sleep(0.1)
+            killed.wait(30)
 
     server.before = before
 
