@@ -229,11 +229,16 @@ STYLES = {
 }
 
 
-def read_style(style, text, finished=True, *, prompt=None, generated=False, **variables):
+def style_tokenizer(style):
     tokenizer = byte_tokenizer(template=STYLES[style])
     special = ["<U>", "<A>", "<E>", "<I>", "[THINK]", "[/THINK]"]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.eos_token = "<E>"
+    return tokenizer
+
+
+def read_style(style, text, finished=True, *, prompt=None, generated=False, **variables):
+    tokenizer = style_tokenizer(style)
     encoder = Encoder(tokenizer, "strong", chat_template_kwargs=variables)
     row = encoder.encode(prompt or chat("q"), Completion(text, finished, is_generated=generated))
     return tokenizer.decode(row.prompt_ids), tokenizer.decode(row.completion_ids), row
@@ -268,8 +273,7 @@ def test_encode_style(style, variables, text, finished, expected):
 
 def test_encode_thought_tags_that_are_special_are_tokens():
     _, _, row = read_style("parts", "[THINK]hm [/THINK] <E>[/THINK]4")
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<U>", "<A>", "<E>", "<I>", "[THINK]", "[/THINK]"]})
+    tokenizer = style_tokenizer("parts")
     counts = [row.ids.count(tokenizer.convert_tokens_to_ids(token)) for token in ("[THINK]", "[/THINK]", "<E>")]
     assert counts == [1, 1, 1]  # the first of each; what the policy spells out behind them is text
 

@@ -245,6 +245,11 @@ def inner_tokenizer(processing_class: Any) -> Any:
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
+def has_environments(trainer: Any) -> bool:
+    """Return True if a trainer's prompts have tools of environments, which differ between the rows of a batch."""
+    return getattr(trainer, "environment_factories", None) is not None
+
+
 def conversation_arguments(trainer: Any) -> tuple[dict[str, Any] | None, list[Any] | None]:
     """
     Return the variables and the tools with which a trainer renders the policy's prompts.
@@ -253,8 +258,7 @@ def conversation_arguments(trainer: Any) -> tuple[dict[str, Any] | None, list[An
     differ by row, and are left out.
     """
     kwargs = getattr(trainer, "chat_template_kwargs", None)
-    environments = getattr(trainer, "environment_factories", None)
-    tools = None if environments is not None else getattr(trainer, "tools", None)
+    tools = None if has_environments(trainer) else getattr(trainer, "tools", None)
     return kwargs or None, tools or None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..config import CDRConfig
 from ..errors import ConfigError, InputError
 from ..scoring.scorer import DensityRatioScorer
-from ..scoring.string_prompts import as_turn, count_strings, string_meaning
+from ..scoring.string_prompts import count_strings, read_strings, string_meaning
 from ..scoring.types import Prompt, Unscorable
 from .accuracy import strata
 from .bouts import request_key
@@ -91,9 +91,8 @@ def read_tables(
     """
     has_template = any(model.template is not None for model in models)
     meaning = string_meaning(config.cdr_string_prompts, has_template=has_template)
-    shown = [
-        as_turn(one.prompt) if meaning == "user" and isinstance(one.prompt, str) else one.prompt for one in preferences
-    ]
+    prompts = [one.prompt for one in preferences]
+    shown = read_strings(prompts, meaning)
     read = _read_prompts(config, preferences, shown)
     texts = [text for column in read.values() for each in column if not isinstance(each, str) for text in each]
     keys = [text.key for text in texts]
@@ -122,7 +121,7 @@ def read_tables(
             for key, entries in given.items()
         },
         unscorable,
-        count_strings([one.prompt for one in preferences], shown),
+        count_strings(prompts, shown),
     )
 
 

@@ -175,7 +175,7 @@ class Router:
         self._model = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what a loaded model has found, which stays behind."""
+        """Return the state without the answers of a loaded model."""
         return {**self.__dict__, "_known": {}, "_model": None}
 
     def _find(self, prompts: Sequence[Prompt], score_labels: LabelScorer, *, is_told: bool) -> Sequence[str | NoDomain]:

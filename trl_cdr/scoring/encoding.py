@@ -250,8 +250,7 @@ class Encoder:
 
     def holds(self, completion_ids: tuple[int, ...], text: str, end_ids: Collection[int]) -> bool:
         """Whether these ids are this tokenizer's: they decode, as TRL decodes them, to the text that came with them."""
-        size = len(self.tokenizer)  # some versions copy the vocabulary to count it
-        if not completion_ids or not all(0 <= token < size for token in completion_ids):
+        if not self._are_ids(completion_ids):
             return False
         if not text:  # any special token decodes to nothing: only an end token is proof
             return len(completion_ids) == 1 and completion_ids[0] in end_ids
@@ -259,12 +258,16 @@ class Encoder:
 
     def holds_part(self, completion_ids: tuple[int, ...], text: str) -> bool:
         """Return True if these ids can be this tokenizer's, and their text holds a text, white space aside."""
-        size = len(self.tokenizer)
-        if not completion_ids or not all(0 <= token < size for token in completion_ids):
+        if not self._are_ids(completion_ids):
             return False
         # Parsers keep special tokens or leave them out.
         texts = (self.tokenizer.decode(completion_ids, skip_special_tokens=skip) for skip in (False, True))
         return any(text.strip() in decoded for decoded in texts)
+
+    def _are_ids(self, ids: tuple[int, ...]) -> bool:
+        """Return True if there are ids, and the tokenizer has all of them."""
+        size = len(self.tokenizer)  # some versions copy the vocabulary to count it
+        return bool(ids) and all(0 <= token < size for token in ids)
 
     def _place(self, prompt: Prompt, completion: Completion) -> tuple[str, str, str, bool]:
         """The generation prompt's text, all text before the completion, the completion, and if these are guarded."""

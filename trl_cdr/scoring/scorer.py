@@ -32,7 +32,7 @@ from .pair_loading import load_tokenizer
 from .pair_source import PairSource, check_adapters, check_sources
 from .ranks import Ranks
 from .score import Score, score_from_logps
-from .string_prompts import MEANINGS, as_turn, string_meaning
+from .string_prompts import MEANINGS, read_strings, string_meaning
 from .types import Completion, Message, Prompt, Row, Unscorable
 
 logger = logging.getLogger(__name__)
@@ -338,7 +338,6 @@ class DensityRatioScorer:
         *,
         in_trainer: bool,
     ) -> list[Prompt]:
-        answers = [""] * len(prompts) if completions is None else completions
         if not any(isinstance(prompt, str) for prompt in prompts):
             return list(prompts)
         meaning = string_meaning(self.config.cdr_string_prompts, has_template=pair.has_template, in_trainer=in_trainer)
@@ -350,12 +349,7 @@ class DensityRatioScorer:
                 MEANINGS[meaning],
                 self.config.cdr_string_prompts,
             )
-        return [
-            as_turn(prompt)
-            if isinstance(prompt, str) and (meaning == "user" or not isinstance(answer, str))
-            else prompt
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        return read_strings(prompts, meaning, completions)
 
     def _condition(
         self, prompts: Sequence[Prompt], domains: Sequence[str | NoDomain | None]

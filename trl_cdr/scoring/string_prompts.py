@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from .types import Prompt
+from .types import Message, Prompt
 
 MEANINGS = {"user": "a user's turn", "text": "raw text, without a chat template"}
 
@@ -20,6 +20,24 @@ def string_meaning(option: str, *, has_template: bool, in_trainer: bool = False)
     if option == "user" or option == "text":
         return option  # type: ignore[return-value]
     return "user" if has_template and not in_trainer else "text"
+
+
+def read_strings(
+    prompts: Sequence[Prompt], meaning: str, completions: Sequence[str | Sequence[Message]] | None = None
+) -> list[Prompt]:
+    """
+    Return prompts with strings read as a user's turn or as raw text.
+
+    Args:
+        prompts (`Sequence`): Strings or conversations, which stay as they are.
+        meaning (`str`): Of the strings, see `string_meaning`.
+        completions (`Sequence`, *optional*): Their completions. A string whose completion is a message is a turn.
+    """
+    answers = [""] * len(prompts) if completions is None else completions
+    return [
+        as_turn(prompt) if isinstance(prompt, str) and (meaning == "user" or not isinstance(answer, str)) else prompt
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def as_turn(text: str) -> Prompt:

@@ -125,8 +125,8 @@ def compare_prompts(name: str, scorer: DensityRatioScorer, trainer: Any, prompts
     columns = getattr(getattr(trainer, "train_dataset", None), "column_names", None) or ()
     if _compat.is_online_dpo(trainer.args) and "chat_template_kwargs" in columns:
         return  # it renders each row with variables of its own
-    has_environments = getattr(trainer, "environment_factories", None) is not None  # tools for each row of the batch
-    prompts = list(prompts) if has_environments else list(prompts)[:_COMPARED]
+    # Environments are known for the batch as a whole.
+    prompts = list(prompts) if _compat.has_environments(trainer) else list(prompts)[:_COMPARED]
     expected = _compat.policy_prompt_ids(trainer, prompts)
     tokenizer = _compat.inner_tokenizer(trainer.processing_class)
     if expected is None or len(expected) != len(prompts):
