@@ -97,7 +97,7 @@ def test_every_reward_of_a_run(tmp_path, capsys):
 
 
 def test_values_that_are_no_numbers(tmp_path):
-    broken = [{"cdr/strong_logps_per_token": float("nan")}, {"cdr/tokens": None}, {}] * len(BAD)
+    broken = [{"cdr/strong_logps": float("nan")}, {"cdr/tokens": None}, {}] * len(BAD)
     entries = [{**entry, **change} for entry, change in zip(BAD, broken, strict=False)]
     found = audit(write(tmp_path, entries)).monitors["cdr"]
     assert found.n_readings == len(BAD) // 3

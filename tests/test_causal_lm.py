@@ -97,6 +97,23 @@ def test_what_is_not_finite_stays_in_its_row(by_tree, monkeypatch):
     assert_naive(model, [rows[0], rows[2]], [results[0], results[2]])
 
 
+def test_partly_finite_rows_are_run_again(monkeypatch):
+    """A kernel may reach some tokens of another row only."""
+    model = build_family("Llama")
+    lm = CausalLM(model, "strong")
+    rows = [Row((1, 2, 3, 4, 5, 6), (7, first, 8)) for first in (9, 60, 10)]
+    lm.per_token_logps(Layout(rows), token_budget=4096)
+    run = lm._packed.run
+
+    def reaches_one_token(*args):
+        logps = run(*args).clone()
+        logps[1] = float("nan")
+        return logps
+
+    monkeypatch.setattr(lm._packed, "run", reaches_one_token)
+    assert_naive(model, rows, lm.per_token_logps(Layout(rows), token_budget=4096))
+
+
 class Tripled(LlamaForCausalLM):
     """An architecture that does to its logits what no config field tells."""
 

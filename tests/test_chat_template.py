@@ -1,12 +1,13 @@
 """What is learnt from a chat template: text around an answer, thoughts, ends of turns, roles, and dates."""
 
+from dataclasses import replace
 from datetime import date
 
 import pytest
 from tiny import BRACKETS, CHATML, DATED, OPEN, THINKING, byte_tokenizer, chat
 
 from trl_cdr.scoring.chat_template import ChatTemplate
-from trl_cdr.scoring.encoding import Encoder
+from trl_cdr.scoring.encoding import Encoder, PromptForm
 from trl_cdr.scoring.types import Completion, Unscorable
 
 pytestmark = pytest.mark.compat  # transformers renders
@@ -316,10 +317,10 @@ def test_template_for_tools_is_used_with_tools():
     tokenizer = byte_tokenizer(template=None)
     tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools | length }} tools\n" + CHATML}
     encoder = Encoder(tokenizer, "strong")
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    for one, starts in ((encoder, "<|im"), (encoder.adapt(None, tools, date(2026, 11, 29)), "1 tools")):
+    form = PromptForm(None, [{"type": "function", "function": {"name": "f"}}], date(2026, 11, 29), "auto")
+    for one, starts in ((encoder, "<|im"), (encoder.adapt(form), "1 tools")):
         assert tokenizer.decode(one.prompt_ids(chat("hello"))).startswith(starts)
-    back = encoder.adapt(None, tools, date(2026, 11, 29)).adapt(None, None, date(2026, 11, 29))
+    back = encoder.adapt(form).adapt(replace(form, tools=None))
     assert back.prompt_ids(chat("hello")) == encoder.prompt_ids(chat("hello"))
 
 

@@ -32,7 +32,7 @@ def today(monkeypatch):
             def today(cls):
                 return day
 
-        for module in ("trl_cdr.config", "trl_cdr.scoring.pair_source", "trl_cdr.annotation.passes"):
+        for module in ("trl_cdr.config", "trl_cdr.scoring.encoding", "trl_cdr.annotation.passes"):
             monkeypatch.setattr(f"{module}.date", Clock)
 
     return today

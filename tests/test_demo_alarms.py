@@ -13,7 +13,7 @@ from trl_cdr.demo.parts import Parts
 
 def recorded(gold, entries, *, name="dpo", seed=5):
     """A run's file; the gold reward was measured at equal distances."""
-    calls = [{key.removeprefix("cdr/"): value for key, value in entry.items() if "/" in key} for entry in entries]
+    calls = [{key.removeprefix("cdr/"): [value, 1] for key, value in entry.items() if "/" in key} for entry in entries]
     steps = [number * len(calls) // (len(gold) - 1) for number in range(len(gold))]
     return {"setting": name, "gate": "none", "seed": seed, "gold": {"steps": steps, "gold": gold}, "calls": calls}
 
@@ -49,7 +49,7 @@ def test_alarms_of_a_run_that_was_recorded():
 def test_results_of_another_workload_are_not_judged(tmp_path, monkeypatch):
     monkeypatch.setattr(alarms, "RUNS", {})
     Parts(tmp_path, {"model": "SmolLM2-135M-Instruct"})
-    with pytest.raises(ConfigError, match="whose results are of another model, .*workload .settings.json."):
+    with pytest.raises(ConfigError, match="whose results are of another calls, model, .*workload .settings.json."):
         alarms.run_alarms(tmp_path)
 
 

@@ -61,7 +61,9 @@ def test_what_is_filled_in(given, preference_beta, gamma, beta):
         ({"loss_type": "grpo"}, "loss_type is 'grpo'"),
         ({"vllm_importance_sampling_correction": True}, "vllm_importance_sampling_correction is True"),
         ({"num_generations": 1}, "num_generations is 1: a pair needs two completions. Use 2 or more"),
-        ({"num_generations_eval": 1}, "num_generations_eval is 1: a pair needs two completions"),
+        ({"num_generations_eval": 0}, "num_generations_eval is 0: it counts completions. Use 1 or more"),
+        ({"scale_rewards": "batch"}, "scale_rewards is 'batch': it belongs to GRPO's loss"),
+        ({"scale_rewards": False}, "scale_rewards is False: it belongs to GRPO's loss"),
         (
             {"num_generations": 4, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
             "per_device_train_batch_size is 6, and a group has 4 completions: it counts completions, and no group may "
@@ -85,6 +87,11 @@ def test_what_is_refused(given, message):
     with pytest.raises(ConfigError) as error:
         config(**given)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", [True, "group"])
+def test_grpos_default_scale_is_taken(value):
+    assert config(scale_rewards=value).scale_rewards == "group"
 
 
 def test_generations_that_are_used_up_by_one_update_are_taken():

@@ -915,3 +915,40 @@ def test_policy_without_experts_has_no_balancing_loss(tmp_path, policy, tokenize
     trainer = make(tmp_path, policy, tokenizer)
     trainer.train()
     assert not any("aux_loss" in entry for entry in trainer.state.log_history)
+
+
+def test_normalized_rewards_choose_the_pair(tmp_path, policy, tokenizer):
+    """A reward in large units decides alone unless each reward is scaled within its group."""
+
+    def number(prompts, **kwargs):
+        return [1000.0 * (index % 4) for index in range(len(prompts))]
+
+    def flag(prompts, **kwargs):
+        return [[0.0, 1.0, 9.0, 0.0][index % 4] for index in range(len(prompts))]
+
+    chosen = {}
+    for kind in ("sum_then_normalize", "normalize_then_sum"):
+        seen = []
+
+        class Choices(OnlinePreferenceTrainer):
+            def _generate_and_score_completions(self, inputs, *args, seen=seen, **kwargs):
+                output = super()._generate_and_score_completions(inputs, *args, **kwargs)
+                seen.extend((pair.chosen, pair.rejected) for pair in self._pairs)
+                return output
+
+        options = {"multi_objective_aggregation": kind, "max_steps": 1}
+        trainer = make(tmp_path, policy, tokenizer, [number, flag], kind=Choices, **options)
+        trainer.train()
+        chosen[kind] = set(seen)
+        [entry] = logs_of(trainer)
+        assert entry["reward"] == pytest.approx((1000 * 6 + 10) / 4)  # logged in the rewards' own units
+    assert chosen == {"sum_then_normalize": {(3, 0)}, "normalize_then_sum": {(2, 0)}}
+
+
+def test_evaluation_of_single_completions_has_rewards(tmp_path, policy, tokenizer):
+    """As in GRPO: one completion for each prompt is the cheapest way to a reward. There is no pair, and no loss."""
+    trainer = make(tmp_path, policy, tokenizer, num_generations_eval=1, per_device_eval_batch_size=2)
+    metrics = trainer.evaluate()
+    assert metrics["eval_reward"] > 0
+    assert math.isnan(metrics["eval_loss"])
+    assert metrics["eval_pairs/missing"] == 1.0

@@ -98,8 +98,8 @@ def test_the_order_of_a_group_does_not_matter(seed):
     assert (order[moved.chosen], order[moved.rejected], moved.margin) == (pair.chosen, pair.rejected, pair.margin)
 
 
-def combine(rewards, weights, num_generations=2):
-    found = combine_rewards(torch.tensor(rewards), torch.tensor(weights), num_generations=num_generations)
+def combine(rewards, weights, num_generations=2, **options):
+    found = combine_rewards(torch.tensor(rewards), torch.tensor(weights), num_generations=num_generations, **options)
     return [None if math.isnan(value) else value for value in found.tolist()]
 
 
@@ -123,3 +123,34 @@ def test_a_group_that_nobody_judges_is_missing():
 
 def test_a_function_without_weight_only_watches():
     assert combine([[1.0, NAN], [2.0, INF]], [1.0, 0.0]) == [1.0, 2.0]
+
+
+def test_normalized_rewards_do_not_depend_on_units():
+    """The first function's unit is a thousand times the other's: it decides unless both are normalized."""
+    rewards = [[1000.0, 0.0], [1001.0, 3.0], [1002.0, -3.0], [999.0, -1.0]]
+    plain = combine(rewards, [1.0, 1.0], 4)
+    assert plain.index(max(plain)) == 1
+    scaled = [[large * 1000, small] for large, small in rewards]
+    plain = combine(scaled, [1.0, 1.0], 4)
+    assert plain.index(max(plain)) == 2
+    for given in (rewards, scaled):
+        found = combine(given, [1.0, 1.0], 4, normalize=True)
+        assert found.index(max(found)) == 1
+        assert sum(found) == pytest.approx(0, abs=1e-9)
+    column = torch.tensor(rewards, dtype=torch.float64)
+    expected = ((column - column.mean(0)) / (column.std(0) + 1e-4)).sum(1)
+    assert combine(rewards, [1.0, 1.0], 4, normalize=True) == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_normalized_rewards_keep_what_is_missing():
+    """A missing value of one completion changes no other completion's order, and equal values stay equal."""
+    found = combine([[1.0, NAN], [2.0, 5.0], [4.0, 9.0], [INF, 7.0]], [1.0, 1.0], 4, normalize=True)
+    assert [value is None for value in found] == [True, False, False, True]
+    assert found[1] < found[2]
+    assert combine([[3.0, NAN], [3.0, NAN]], [1.0, 1.0], normalize=True) == [0.0, 0.0]
+    assert combine([[NAN], [NAN]], [1.0], normalize=True) == [None, None]
+
+
+def test_group_of_one_is_no_pair():
+    pair = select([2.0])
+    assert (pair.chosen, pair.rejected, pair.weight, pair.skipped) == (0, 0, 0.0, "missing")

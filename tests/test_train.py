@@ -17,10 +17,10 @@ from tiny import TRAINING, answer, chat, llama
 from transformers import Trainer
 from trl import GRPOTrainer, ModelConfig, ScriptArguments
 
-from trl_cdr import CDRConfig, ConfigError, InputError
+from trl_cdr import ConfigError, InputError
 from trl_cdr.cli import _OFTEN, main
 from trl_cdr.training.prompts import load_prompts
-from trl_cdr.training.train import TrainArguments, rewards_for
+from trl_cdr.training.train import TrainArguments
 
 pytestmark = [
     # TRL's configs set gradient_checkpointing, which transformers 5 renamed; drop when TRL follows
@@ -111,20 +111,6 @@ def test_each_trainer_from_yaml(name, options, run, policy, caplog, capsys):
     before, after = (load_file(Path(at) / "model.safetensors") for at in (policy, folder))
     assert any(not before[key].equal(after[key]) for key in before)
     assert not [record for record in caplog.records if record.name.startswith("trl_cdr")]  # the tokenizer is known
-
-
-@pytest.mark.parametrize("name", TRAINERS)
-def test_the_reward_follows_the_trainer(name, tmp_path):
-    arguments = TrainArguments(name)
-    training_args = arguments.config_class(str(tmp_path), use_cpu=True, bf16=False, seed=7, report_to="none")
-
-    def made(**options):
-        [reward] = rewards_for(arguments, training_args=training_args, cdr_args=CDRConfig("a", "b", **options))
-        return reward.config
-
-    assert made().cdr_seed == 7
-    assert made().cdr_add_special_tokens == ("false" if name == "online_dpo" else "auto")
-    assert made(cdr_add_special_tokens="true").cdr_add_special_tokens == "true"
 
 
 def test_the_command_line_goes_before_yaml(options, run):

@@ -286,7 +286,8 @@ def test_tools_and_variables_are_pickled():
     """Tools are kept as schemas: a function of a notebook can't be pickled."""
     scorer = DensityRatioScorer("a", "b")
     scorer.use_conversations({"enable_thinking": False}, [multiply])
-    kwargs, [schema] = pickle.loads(pickle.dumps(scorer)).conversations
+    form = pickle.loads(pickle.dumps(scorer)).form
+    kwargs, [schema] = form.template_kwargs, form.tools
     assert kwargs == {"enable_thinking": False}
     assert schema["function"]["name"] == "multiply"
 

@@ -76,13 +76,11 @@ def test_three_steps(name, conversational, tmp_path, checkpoints, strong, weak, 
     policy.config.eos_token_id = policy.generation_config.eos_token_id = tokenizer.eos_token_id
     with torch.no_grad():
         policy.lm_head.weight[tokenizer.eos_token_id] *= 2  # some completions end, some are cut off
-    bos = "false" if name == "online_dpo" else "auto"
     reward = Recorder(
         checkpoints["strong"],
         checkpoints["weak"],
         strong_tokenizer=tokenizer,
         weak_tokenizer=tokenizer,
-        add_special_tokens=bos,
         gate="typicality",
     )
     prompts = [chat(word) if conversational else word for word in WORDS * 4]

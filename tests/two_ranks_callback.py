@@ -3,7 +3,7 @@
 two_ranks_callback.py TRAINER STRONG WEAK POLICY OUT, by `ranks`.
 
 Some rows can't be scored, a callback logs on the main process alone, and clocks tick by process: on rank 0 a call takes
-0.25 seconds and a log's steps 1, on rank 1 these are 0.5 and 4.
+0.25 seconds and a step 1, on rank 1 these are 0.5 and 4.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from trl_cdr import CDRCallback, CDRReward, Criteria, DomainCriteria
-from trl_cdr.training import callback as callback_module
+from trl_cdr.training import metrics_callback
 from trl_cdr.training import reward as reward_module
 
 name, strong, weak, policy, out = sys.argv[1:]
@@ -32,7 +32,7 @@ def clock(tick):
     return SimpleNamespace(perf_counter=lambda: tick * next(ticks))
 
 
-callback_module.time = clock(1 + 3 * rank)
+metrics_callback.time = clock(1 + 3 * rank)
 reward_module.time = clock(0.25 * (1 + rank))
 
 

@@ -245,6 +245,12 @@ def inner_tokenizer(processing_class: Any) -> Any:
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
+def unwrapped_policy(trainer: Any) -> Any:
+    """Return the policy of a trainer without the wrappers of distributed training."""
+    accelerator = getattr(trainer, "accelerator", None)
+    return trainer.model if accelerator is None else accelerator.unwrap_model(trainer.model)
+
+
 def has_environments(trainer: Any) -> bool:
     """Return True if a trainer's prompts have tools of environments, which differ between the rows of a batch."""
     return getattr(trainer, "environment_factories", None) is not None
@@ -257,7 +263,7 @@ def conversation_arguments(trainer: Any) -> tuple[dict[str, Any] | None, list[An
     GRPO, RLOO and `OnlinePreferenceTrainer` have both or the variables; online DPO has none. Tools of environments
     differ by row, and are left out.
     """
-    kwargs = getattr(trainer, "chat_template_kwargs", None)
+    kwargs = getattr(trainer, "chat_template_kwargs", None) or getattr(trainer.args, "chat_template_kwargs", None)
     tools = None if has_environments(trainer) else getattr(trainer, "tools", None)
     return kwargs or None, tools or None
 

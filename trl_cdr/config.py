@@ -148,8 +148,8 @@ class CDRConfig:
     cdr_add_special_tokens: Literal["auto", "true", "false"] = field(
         default="auto",
         metadata={
-            "help": "BOS before string prompts. auto: where the tokenizer adds one by default, as GRPO and RLOO do; "
-            "false: never, as online DPO does. Conversations take it from the chat template."
+            "help": "BOS before string prompts. auto: if the tokenizer adds one by default, as in GRPO and RLOO; in "
+            "online DPO none, as for its policy. Conversations take it from the chat template."
         },
     )
     cdr_max_length: int | None = field(
@@ -318,12 +318,22 @@ class CDRConfig:
             self.cdr_chat_template_kwargs,  # type: ignore[arg-type]
             getattr(args, "chat_template_kwargs", None),
         )
+        options["dtype"] = self.choose_dtype(args)
+        return options
+
+    def choose_dtype(self, args: Any) -> str:
+        """
+        Return `cdr_dtype` for a pair in a trainer; see `options`.
+
+        Args:
+            args (`TrainingArguments` or `None`): The trainer's.
+        """
         has_weights = not self.cdr_share_policy and len(self.served) < 2
         if args is not None and self.cdr_dtype == "auto" and args.bf16 and has_weights:
             device = args.device.type if self.cdr_device == "auto" else self.cdr_device.split(":")[0]
             if device == args.device.type != "cpu":
-                options["dtype"] = "bfloat16"
-        return options
+                return "bfloat16"
+        return self.cdr_dtype
 
 
 def choose_template_kwargs(own: Mapping[str, Any] | None, trainers: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -5,14 +5,13 @@ thirteen points of a run, says whether the run was healthy or collapsed; the rul
 """
 
 import json
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..training.metrics import call_metrics
+from ..training.metrics import Sums, add_sums, call_sums, means
 from ..training.monitor import Monitor
 from . import gaming, models
 from .parts import SETTINGS, Parts
@@ -70,18 +69,18 @@ class Outcome:
 
 def record(name: str, *, gate: str, seed: int) -> dict[str, Any]:
     """
-    Train one setting of `gaming`, and keep what the reward's metrics are at each call.
+    Train one setting of `gaming`, and keep the reward's metrics of each call.
 
     Returns:
-        `dict`: `setting`, `gate`, `seed`, `gold` (the curve of `train_with`) and `calls`, see `call_metrics`.
+        `dict`: `setting`, `gate`, `seed`, `gold` (the curve of `train_with`) and `calls`, see `call_sums`.
     """
-    calls: list[dict[str, float]] = []
+    calls: list[Sums] = []
     curve = gaming.train(
         gaming.make_settings()[name],
         gate=gate,
         seed=seed,
         evaluations=_EVALUATIONS,
-        observe=lambda call: calls.append(call_metrics(call)),
+        observe=lambda call: calls.append(call_sums(call)),
     )
     return {"setting": name, "gate": gate, "seed": seed, "gold": curve, "calls": calls}
 
@@ -102,19 +101,18 @@ def judge(run: dict[str, Any]) -> Outcome:
     )
 
 
-def find_alarm(calls: Sequence[dict[str, float]], *, every: int) -> int | None:
+def find_alarm(calls: Sequence[Sums], *, every: int) -> int | None:
     """
     The step of the monitor's alarm, were a run of one call a step logged `every` so many steps.
 
     Args:
-        calls (`Sequence[dict]`): See `call_metrics`.
+        calls (`Sequence[dict]`): See `call_sums`.
         every (`int`): The trainer's `logging_steps`.
     """
     monitor = Monitor("cdr")
     for step in range(every, len(calls) + 1, every):
-        logged = calls[step - every : step]
-        means = {f"cdr/{key}": statistics.fmean(call[key] for call in logged) for key in logged[0]}
-        monitor.read({"step": step, **means})
+        logged = means(add_sums(*calls[step - every : step]))
+        monitor.read({"step": step, **{f"cdr/{key}": value for key, value in logged.items()}})
     return None if monitor.alarm is None else monitor.alarm.step
 
 
@@ -129,7 +127,8 @@ def run_alarms(folder: str | Path, *, seeds: Sequence[int] = SEEDS) -> list[Outc
     Raises:
         ConfigError: the folder holds other results, or runs of other versions; or it can't be written.
     """
-    parts = Parts(Path(folder), {"workload": "alarms", "recipe": models.RECIPE_VERSION, "versions": versions()})
+    settings = {"workload": "alarms", "calls": "sums", "recipe": models.RECIPE_VERSION, "versions": versions()}
+    parts = Parts(Path(folder), settings)
     with models.one_thread(), models.quiet():
         for seed in seeds:
             for name, gates in RUNS.items():

@@ -120,11 +120,9 @@ class CompletionReader:
         while length and self._encoder.is_special(own[length - 1]):
             length -= 1
         tail = own[length:]  # decoding skips it, so the text proves nothing of it
-        if tail and self._policy_end_ids is None:
-            if tail[0] not in self._end_ids:  # padding, or an end that only the policy knows
-                self._warn()
-                return Completion(text, None, own[:length])
-            own = own[: length + 1]
+        if tail and self._policy_end_ids is None and tail[0] not in self._end_ids:
+            self._warn()  # padding, or an end that only the policy knows
+            return Completion(text, None, own[:length])
         return Completion(text, own[-1] in self._end_ids, own)
 
     def _ended(self, ids: list[int]) -> bool | None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..config import CDRConfig
 from ..errors import ConfigError, ModelError
 from .chat_template import ChatTemplate
 from .tokenization import ControlInText, OffsetTokenizer, Tokens
@@ -77,6 +78,34 @@ def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return sha256(repr(vocabulary).encode("utf-8", "surrogatepass")).hexdigest()
 
 
+@dataclass(frozen=True)
+class PromptForm:
+    """
+    How a trainer writes prompts for the policy.
+
+    Attributes:
+        template_kwargs (`dict` or `None`): Variables for the chat template.
+        tools (`list` or `None`): JSON schemas of tools that the chat template writes.
+        today (`datetime.date`): The date that the chat template writes, if it writes one.
+        add_special_tokens (`str`): `cdr_add_special_tokens`: BOS before string prompts.
+    """
+
+    template_kwargs: dict[str, Any] | None
+    tools: list[Any] | None
+    today: date
+    add_special_tokens: str
+
+    @classmethod
+    def of(cls, config: CDRConfig) -> "PromptForm":
+        """Return the form that the options ask for; without `cdr_date` the date is today's."""
+        return cls(
+            config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
+            tools=None,
+            today=date.today() if config.cdr_date is None else date.fromisoformat(config.cdr_date),
+            add_special_tokens=config.cdr_add_special_tokens,
+        )
+
+
 class Encoder:
     """
     Prompts and completions -> rows of one model's token ids.
@@ -119,7 +148,7 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self._role = role
-        self._settings = {"add_special_tokens": add_special_tokens, "generation_ends": frozenset(generation_ends)}
+        self._generation_ends = frozenset(generation_ends)
         text = chat_template or own_chat_template(tokenizer)
         self._given_template = text
         named = tokenizer.chat_template
@@ -174,18 +203,17 @@ class Encoder:
             )
         return f"{thoughts.tag} ... {thoughts.close}"
 
-    def adapt(
-        self, chat_template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None, today: date
-    ) -> "Encoder":
-        """Return an encoder like this one with other variables of the template, other tools and another date."""
+    def adapt(self, form: PromptForm) -> "Encoder":
+        """Return an encoder like this one that writes prompts in another form."""
         return Encoder(
             self.tokenizer,
             self._role,
             chat_template=self._given_template,
-            chat_template_kwargs=chat_template_kwargs,
-            tools=tools,
-            today=today,
-            **self._settings,  # type: ignore[arg-type]
+            chat_template_kwargs=form.template_kwargs,
+            tools=form.tools,
+            today=form.today,
+            add_special_tokens=form.add_special_tokens,
+            generation_ends=self._generation_ends,
         )
 
     def is_like(self, other: "Encoder") -> bool:

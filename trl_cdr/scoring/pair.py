@@ -3,20 +3,21 @@
 Knows no conversation and no score: `scorer` asks it for two encoders and two models. `pair_loading` loads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from ..conditioning.criteria import Conditioning
 from .causal_lm import CausalLM
-from .encoding import Encoder, fit, own_chat_template, vocabulary_hash
+from .encoding import Encoder, PromptForm, fit, own_chat_template, vocabulary_hash
 from .logps import Reduce, token_logps
 from .packing import Group, Layout, common_prefix
 from .served_lm import ServedLM
 from .types import Completion, Prompt, Row, Unscorable
+from .weights import fingerprint
 
 # Prompts that start differently: what their conditioned forms share is the conditioning's and the template's.
 _PROBES = ("a", "B", "7", "(", "-", "é", "中")
@@ -53,11 +54,9 @@ class Member:
         """Those of `end_ids` that the model predicts."""
         return tuple(sorted(id for id in self.end_ids if id < self.lm.num_embeddings))
 
-    def adapt(
-        self, chat_template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None, today: date
-    ) -> "Member":
-        """Return this model with an encoder that reads conversations in another way; see `Encoder.adapt`."""
-        return Member(self.lm, self.encoder.adapt(chat_template_kwargs, tools, today), self.max_length)
+    def adapt(self, form: PromptForm) -> "Member":
+        """Return this model with an encoder that writes prompts in another form."""
+        return Member(self.lm, self.encoder.adapt(form), self.max_length)
 
     def describe(self, *, token_budget: int) -> dict[str, Any]:
         """How this model will run, for people; see `CausalLM.describe`."""
@@ -157,10 +156,27 @@ class Pair:
         """The models have chat templates, or share one."""
         return self.strong.encoder.template is not None and self.weak.encoder.template is not None
 
-    def adapt(self, chat_template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None, today: date) -> "Pair":
-        """Return the pair with encoders that read conversations in another way; see `Encoder.adapt`."""
-        members = (member.adapt(chat_template_kwargs, tools, today) for member in (self.strong, self.weak))
-        return Pair(*members)
+    @cached_property
+    def has_equal_weights(self) -> bool:
+        """
+        True if strong and weak have the same weights, so that every log-ratio is 0. Reads all weights if they are not
+        known by their files. False if a model is on servers.
+        """
+        if self.strong.is_served or self.weak.is_served:
+            return False
+        strong, weak = self.strong.local, self.weak.local
+        known = [(lm.weights, lm.adapter and lm.adapter.weights) for lm in (strong, weak)]
+        if known[0] == known[1] and known[0][0] is not None:
+            return True
+        if None not in (strong.weights, weak.weights):
+            return False
+        for lm in (strong, weak):
+            lm.wake()
+        return fingerprint(strong.model) == fingerprint(weak.model)
+
+    def adapt(self, form: PromptForm) -> "Pair":
+        """Return the pair with encoders that write prompts in another form."""
+        return Pair(self.strong.adapt(form), self.weak.adapt(form))
 
     def encode(self, prompt: Prompt, completion: Completion) -> tuple[Row, Row]:
         """

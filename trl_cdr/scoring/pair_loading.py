@@ -4,9 +4,8 @@
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ..config import CDRConfig
 from ..errors import ConfigError, ModelError
 from .causal_lm import CausalLM
 from .checkpoint import read_config
-from .encoding import Encoder, own_chat_template
+from .encoding import Encoder, PromptForm, own_chat_template
 from .loading import hub_kwargs
 from .offload import Bed, OnDisk, OnHost, Turns, check_movable, has_own_memory, reload_model
 from .pair import Member, Pair
@@ -39,8 +38,7 @@ def load_pair(
     weak_tokenizer: PreTrainedTokenizerBase | None = None,
     base: nn.Module | None = None,
     turns: Turns | None = None,
-    tools: Sequence[Any] | None = None,
-    today: date | None = None,
+    form: PromptForm | None = None,
 ) -> Pair:
     """
     Load what is a name, take what is a module, and check that the two can be compared.
@@ -51,8 +49,7 @@ def load_pair(
         strong_tokenizer, weak_tokenizer: Loaded tokenizers; each model's own if `None`.
         base (`nn.Module`, *optional*): The policy's, to be used in place of one that is loaded.
         turns (`Turns`, *optional*): Who wakes models that `cdr_offload` puts to sleep.
-        tools (`Sequence`, *optional*): Tools that chat templates write into prompts.
-        today (`datetime.date`, *optional*): The date for chat templates that write today's.
+        form (`PromptForm`, *optional*): How prompts are written. Default: as `config` has it, without tools.
 
     Raises:
         ConfigError: `cdr_max_length` exceeds a model's positions, `cdr_offload` asks for what can't be moved, or the
@@ -78,7 +75,7 @@ def load_pair(
     members = []
     for (role, tokenizer), template, other in zip(tokenizers.items(), templates, reversed(templates), strict=True):
         # a base model has none: it reads its partner's
-        member = _make_member(config, lms[role], tokenizer, role, template=template or other, tools=tools, today=today)
+        member = _make_member(config, lms[role], tokenizer, role, template=template or other, form=form)
         members.append(member)
         _warn_of_open_thoughts(member, role)
     here = [member.local for member in members if not member.is_served]
@@ -154,19 +151,17 @@ def _make_member(
     role: str,
     *,
     template: str | None,
-    tools: Sequence[Any] | None = None,
-    today: date | None = None,
+    form: PromptForm | None = None,
 ) -> Member:
-    if today is None and config.cdr_date is not None:
-        today = date.fromisoformat(config.cdr_date)
+    form = form or PromptForm.of(config)
     encoder = Encoder(
         tokenizer,
         role,
         chat_template=template,
-        chat_template_kwargs=config.cdr_chat_template_kwargs,  # type: ignore[arg-type]
-        tools=tools,
-        today=today,
-        add_special_tokens=config.cdr_add_special_tokens,
+        chat_template_kwargs=form.template_kwargs,
+        tools=form.tools,
+        today=form.today,
+        add_special_tokens=form.add_special_tokens,
         generation_ends=lm.end_ids,
     )
     if isinstance(lm, CausalLM):

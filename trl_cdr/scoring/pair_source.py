@@ -5,20 +5,19 @@ Scorers share one and take turns at it. `pair_loading` loads.
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import get_json_schema
 
-from ..config import CDRConfig, choose_template_kwargs, is_served
+from ..config import CDRConfig, is_served
 from ..errors import ConfigError
+from .encoding import PromptForm
 from .offload import Turns
 from .pair import Pair
 from .pair_loading import load_pair
@@ -42,15 +41,13 @@ class PairSource:
         lock (`RLock`): Held by whoever uses the models.
         turns (`Turns`): Whose weights are awake, where `cdr_offload` puts them to sleep between calls.
         ranks (`Ranks`): The other processes, and whether this one holds the pair.
-        today (`datetime.date`): The date for chat templates that write today's: `cdr_date`, or the day on which the
-            source was made.
+        form (`PromptForm`): How prompts are written. `today` is `cdr_date`, or the day on which the source was made.
     """
 
     def __init__(self, config: CDRConfig, models: dict[str, Any], tokenizers: dict[str, Any]) -> None:
         self.config = config
-        self.today = date.today() if config.cdr_date is None else date.fromisoformat(config.cdr_date)
-        self._template_kwargs: dict[str, Any] | None = config.cdr_chat_template_kwargs  # type: ignore[assignment]
-        self._tools: list[Any] | None = None
+        self.form = PromptForm.of(config)
+        self._dtype: str = config.cdr_dtype
         self.lock = threading.RLock()
         self.turns = Turns()
         self.ranks = Ranks(config.cdr_replicas)
@@ -82,35 +79,17 @@ class PairSource:
             with self.lock:
                 self._policy = weakref.ref(policy)
 
-    @property
-    def conversations(self) -> tuple[dict[str, Any] | None, list[Any] | None]:
-        """The variables and the tools with which chat templates are rendered."""
-        return self._template_kwargs, self._tools
-
-    def use_conversations(
-        self, template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None, today: date | None = None
-    ) -> None:
-        """
-        Read conversations as the policy's trainer renders them.
-
-        Args:
-            template_kwargs (`Mapping` or `None`): The trainer's `chat_template_kwargs`.
-            tools (`Sequence` or `None`): The trainer's tools.
-            today (`datetime.date`, *optional*): The date on which the run began. Default: unchanged.
-
-        Raises:
-            ConfigError: the variables differ from `cdr_chat_template_kwargs`.
-        """
-        own: Any = self.config.cdr_chat_template_kwargs
-        chosen = choose_template_kwargs(own, template_kwargs)
+    def use_form(self, form: PromptForm) -> None:
+        """Write prompts in this form from now on."""
         with self.lock:
-            before = self._template_kwargs, self._tools, self.today
-            # As schemas, which can be compared and pickled.
-            self._tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools or ()] or None
-            self._template_kwargs = chosen
-            self.today = today or self.today
-            if self._pair is not None and before != (self._template_kwargs, self._tools, self.today):
-                self._pair = self._pair.adapt(self._template_kwargs, self._tools, self.today)
+            if form != self.form and self._pair is not None:
+                self._pair = self._pair.adapt(form)
+            self.form = form
+
+    def use_dtype(self, dtype: str) -> None:
+        """Load the pair with this `cdr_dtype`. A loaded pair keeps its own."""
+        with self.lock:
+            self._dtype = dtype
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -140,16 +119,10 @@ class PairSource:
                 self.turns.clear()  # of a pair of which one could not be loaded
                 base = None if self._base is None else self._base.model
                 config = self.config
-                if self._template_kwargs != config.cdr_chat_template_kwargs:
-                    config = replace(config, cdr_chat_template_kwargs=self._template_kwargs)
+                if self._dtype != config.cdr_dtype:
+                    config = replace(config, cdr_dtype=self._dtype)  # type: ignore[arg-type]
                 self._pair = load_pair(
-                    config,
-                    **self._models,
-                    **self._tokenizers,
-                    base=base,
-                    turns=self.turns,
-                    tools=self._tools,
-                    today=self.today,
+                    config, **self._models, **self._tokenizers, base=base, turns=self.turns, form=self.form
                 )
             return self._pair
 
@@ -187,12 +160,12 @@ class PairSource:
     def __getstate__(self) -> tuple[dict[str, Any], tuple[Any, ...]]:
         models = {role: None if isinstance(model, nn.Module) else model for role, model in self._models.items()}
         arguments = {"config": self.config, "models": models, "tokenizers": self._tokenizers}
-        return arguments, (*self.conversations, self.today)
+        return arguments, (self.form, self._dtype)
 
     def __setstate__(self, state: tuple[dict[str, Any], tuple[Any, ...]]) -> None:
-        arguments, (template_kwargs, tools, today) = state
+        arguments, (form, dtype) = state
         self.__init__(**arguments)  # type: ignore[misc]
-        self._template_kwargs, self._tools, self.today = template_kwargs, tools, today
+        self.form, self._dtype = form, dtype
 
 
 def check_sources(

@@ -16,13 +16,15 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import get_json_schema
 
 from ..conditioning.criteria import Conditioning, Criteria
 from ..conditioning.router import NoDomain, Router, confusion
-from ..config import PAIR_OPTIONS, CDRConfig
+from ..config import PAIR_OPTIONS, CDRConfig, choose_template_kwargs
 from ..errors import ConfigError
 from .columns import check_columns, check_ids
 from .completions import CompletionReader
+from .encoding import PromptForm
 from .gate import gate_statistics
 from .logps import token_logps
 from .memory import weight_bytes
@@ -458,7 +460,7 @@ class DensityRatioScorer:
                 "shares_vocabulary": pair.shares_vocabulary,
                 "reads_alike": pair.reads_alike,
                 "gate": self.config.cdr_gate,
-                "chat_template_kwargs": self.conversations[0],
+                "chat_template_kwargs": self.form.template_kwargs,
                 "string_prompts": string_meaning(self.config.cdr_string_prompts, has_template=pair.has_template),
                 "date": next(
                     (one for one in (pair.strong.encoder.written_date, pair.weak.encoder.written_date) if one), None
@@ -535,31 +537,43 @@ class DensityRatioScorer:
                 self._policy, self._policy_ends, self._reader = policy, ends, None
 
     @property
-    def today(self) -> date:
-        """The date for chat templates that write today's date."""
-        return self._source.today
+    def form(self) -> PromptForm:
+        """How prompts are written: the template's variables, tools, the date and BOS."""
+        return self._source.form
 
     def use_date(self, today: date) -> None:
         """Render chat templates with this date from now on."""
-        self._source.use_conversations(*self.conversations, today)
+        self._source.use_form(replace(self.form, today=today))
 
-    @property
-    def conversations(self) -> tuple[dict[str, Any] | None, list[Any] | None]:
-        """The variables and the tools with which chat templates are rendered."""
-        return self._source.conversations
-
-    def use_conversations(self, template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None) -> None:
+    def use_conversations(
+        self, template_kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None, *, adds_bos: bool = True
+    ) -> None:
         """
-        Render conversations as a trainer renders the policy's prompts.
+        Write prompts as a trainer writes them for the policy.
 
         Args:
             template_kwargs (`Mapping` or `None`): The trainer's `chat_template_kwargs`.
             tools (`Sequence` or `None`): The trainer's tools: functions or JSON schemas.
+            adds_bos (`bool`, *optional*, defaults to `True`): False if the trainer puts no BOS before string prompts.
+                `cdr_add_special_tokens`, if it is not `"auto"`, decides instead.
 
         Raises:
             ConfigError: the variables differ from `cdr_chat_template_kwargs`.
         """
-        self._source.use_conversations(template_kwargs, tools)
+        own: Any = self.config.cdr_chat_template_kwargs
+        bos = self.config.cdr_add_special_tokens
+        form = PromptForm(
+            choose_template_kwargs(own, template_kwargs),
+            # As schemas, which can be compared and pickled.
+            tools=[get_json_schema(tool) if callable(tool) else tool for tool in tools or ()] or None,
+            today=self.form.today,
+            add_special_tokens="false" if bos == "auto" and not adds_bos else bos,
+        )
+        self._source.use_form(form)
+
+    def use_dtype(self, dtype: str) -> None:
+        """Load the pair with this `cdr_dtype`. A pair that is loaded already keeps its own."""
+        self._source.use_dtype(dtype)
 
     def use_policy(self, policy: nn.Module) -> None:
         """

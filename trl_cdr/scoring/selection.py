@@ -11,6 +11,8 @@ from typing import Literal
 
 from torch import Tensor
 
+_LEAST_SPREAD = 1e-4  # as in TRL's GRPO: equal values stay equal
+
 PairStrategy = Literal["best_worst", "best_random"]
 Skipped = Literal["tie", "missing", "truncated", "min_margin"]
 
@@ -21,7 +23,7 @@ class Pair:
     Two completions of one group.
 
     Attributes:
-        chosen, rejected (`int`): Indices into the group; never the same.
+        chosen, rejected (`int`): Indices into the group. They differ unless the group has a single completion.
         margin (`float`): Reward of the chosen minus reward of the rejected; NaN where either is missing.
         skipped (`Skipped` or `None`): Why nothing is to be learnt from the pair, or None.
     """
@@ -37,9 +39,9 @@ class Pair:
         return 0.0 if self.skipped else 1.0
 
 
-def combine_rewards(rewards: Tensor, weights: Tensor, *, num_generations: int) -> Tensor:
+def combine_rewards(rewards: Tensor, weights: Tensor, *, num_generations: int, normalize: bool = False) -> Tensor:
     """
-    Several reward functions' values -> one reward for each completion, comparable within its group.
+    Combine the values of several reward functions into one reward for each completion, comparable within its group.
 
     A function that says nothing about a whole group (a reward for mathematics, at a question of taste) is left out
     there. One that says nothing about some completions of a group makes these missing: a sum over the other functions
@@ -50,18 +52,32 @@ def combine_rewards(rewards: Tensor, weights: Tensor, *, num_generations: int) -
             one another.
         weights (`Tensor` of shape (F,)): Weight of each function; with 0 it is not even looked at.
         num_generations (`int`): Completions of a group; a divisor of B.
+        normalize (`bool`, *optional*, defaults to `False`): Scale each function's values within a group to mean 0 and
+            standard deviation 1 before they are weighted (GDPO, arXiv 2601.05242), so that no function decides because
+            of its unit. The reward's unit is then standard deviations.
 
     Returns:
-        `Tensor` of shape (B,), float64: weighted sums, NaN where a reward is missing.
+        `Tensor` of shape (B,), float64: weighted sums, NaN if a reward is missing.
     """
     used = weights != 0
     grouped = rewards.double()[:, used].view(-1, num_generations, int(used.sum()))  # (B / G, G, F)
     missing = ~grouped.isfinite()
     silent = missing.all(dim=1, keepdim=True)  # (B / G, 1, F)
+    if normalize:
+        grouped = _normalized(grouped, missing)
     sums = (grouped.masked_fill(missing, 0.0) * weights.double()[used]).sum(dim=2)
     incomplete = (missing & ~silent).any(dim=2) | silent.all(dim=2)
     combined: Tensor = sums.masked_fill(incomplete, math.nan).flatten()
     return combined
+
+
+def _normalized(grouped: Tensor, missing: Tensor) -> Tensor:
+    """Values (N, G, F), of each function and group with mean 0 and standard deviation 1 over those not missing."""
+    count = (~missing).sum(dim=1, keepdim=True)  # (N, 1, F)
+    mean = grouped.masked_fill(missing, 0.0).sum(dim=1, keepdim=True) / count
+    distance = grouped - mean
+    variance = distance.masked_fill(missing, 0.0).square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+    return distance / (variance.sqrt() + _LEAST_SPREAD)
 
 
 def select_pair(
@@ -76,7 +92,7 @@ def select_pair(
     Choose the pair of a group.
 
     Args:
-        rewards (`Sequence[float]`): One for each completion, at least two; what is not finite is missing.
+        rewards (`Sequence[float]`): One for each completion; what is not finite is missing.
         strategy (`PairStrategy`): `"best_worst"`: the lowest reward is rejected. `"best_random"`: one of the others,
             drawn evenly, as in the paper (arXiv 2411.02481). Of equal rewards the first counts as best and as worst.
         rng (`random.Random`): What `"best_random"` draws from: the caller's own, so that no global state moves.
@@ -88,11 +104,11 @@ def select_pair(
         of these belong to completions that were not cut off, `"tie"` where both are equal, `"min_margin"` where they
         are too close.
     """
-    assert len(rewards) >= 2, rewards
     scored = [index for index, reward in enumerate(rewards) if math.isfinite(reward)]
     whole = [index for index in scored if index not in truncated]
     if len(whole) < 2:
-        return Pair(chosen=0, rejected=1, margin=math.nan, skipped="missing" if len(scored) < 2 else "truncated")
+        reason: Skipped = "missing" if len(scored) < 2 else "truncated"
+        return Pair(chosen=0, rejected=min(1, len(rewards) - 1), margin=math.nan, skipped=reason)
     chosen = max(whole, key=rewards.__getitem__)
     others = [index for index in whole if index != chosen]
     rejected = min(others, key=rewards.__getitem__) if strategy == "best_worst" else rng.choice(others)

@@ -9,7 +9,9 @@ from datetime import date
 from itertools import islice
 from typing import Any
 
+from ..errors import ConfigError
 from .columns import Columns, check_columns, check_ids, join_columns
+from .pair import Pair
 from .ranks import Weights
 from .score import Score
 from .scorer import DensityRatioScorer
@@ -19,23 +21,24 @@ from .weights import fingerprint
 
 def load_together(scorer: DensityRatioScorer) -> None:
     """
-    Load the pair wherever it is to be: in every process, or in one of each machine (`cdr_replicas`). The first time
-    the weights of all processes are compared.
+    Load the pair for a trainer: in every process, or in one of each machine (`cdr_replicas`). Check that strong and
+    weak differ. The first time the weights of all processes are compared.
 
     Args:
         scorer (`DensityRatioScorer`): This process's; all have the same options.
 
     Raises:
         ConfigError, ModelError: as `DensityRatioScorer.load`, where one process raises, on all; weights differ between
-            processes; which of them are of one machine can't be told.
+            processes; which of them are of one machine can't be told; strong and weak have the same weights.
     """
     if not scorer.ranks.have_met:
         # Processes that start around midnight: the first one's date is everyone's.
-        first = scorer.ranks.lowest({"day": scorer.today.toordinal()})["day"]
+        first = scorer.ranks.lowest({"day": scorer.form.today.toordinal()})["day"]
         scorer.use_date(date.fromordinal(int(first)))
         scorer.ranks.meet(lambda: _weights(scorer))
     elif scorer.ranks.holds_pair:
-        scorer.load()
+        with scorer.use() as pair:
+            _check_differ(pair)
 
 
 def score_together(
@@ -54,7 +57,7 @@ def score_together(
         InputError, ConfigError, ModelError: as `DensityRatioScorer.score` and `load_together`; with one pair a machine,
             where one of its processes raises, on all.
     """
-    if not scorer.ranks.have_met:
+    if len(prompts) or not scorer.ranks.have_met:
         load_together(scorer)
     if scorer.ranks.node is None:
         return scorer.score(
@@ -95,6 +98,7 @@ def _weights(scorer: DensityRatioScorer) -> dict[str, Weights]:
     """Which weights this process has, all of them read once; of a model on a server none."""
     found: dict[str, Any] = {}
     with scorer.use() as pair:
+        _check_differ(pair)
         for role, member in (("strong", pair.strong), ("weak", pair.weak)):
             if member.is_served:  # and looked at there, by what it gives for a known row
                 found[role] = Weights(member.lm.name, None, 0)
@@ -102,3 +106,11 @@ def _weights(scorer: DensityRatioScorer) -> dict[str, Weights]:
             member.local.wake()
             found[role] = Weights(member.lm.name, member.local.weights, fingerprint(member.local.model))
     return found
+
+
+def _check_differ(pair: Pair) -> None:
+    if pair.has_equal_weights:
+        raise ConfigError(
+            f"strong ({pair.strong.lm.name}) and weak ({pair.weak.lm.name}) have the same weights: every log-ratio is "
+            "0, and the policy would learn from the gate's penalty alone. Pass two models that differ."
+        )

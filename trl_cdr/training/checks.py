@@ -12,7 +12,6 @@ from ..errors import ConfigError
 from ..scoring.encoding import Encoder, vocabulary_hash
 from ..scoring.scorer import DensityRatioScorer
 from ..scoring.types import Prompt, Unscorable
-from ..scoring.weights import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -53,36 +52,6 @@ def check_policy(name: str, policy: nn.Module | None, models: Iterable[nn.Module
         raise ConfigError(
             f"the policy is one of the models that {name} scores with, or an adapter in it: the reward would change "
             "with every step. Pass the model's name, or a copy of it."
-        )
-
-
-def check_pair(name: str, scorer: DensityRatioScorer) -> None:
-    """
-    Check that strong and weak differ.
-
-    Args:
-        name (`str`): The reward's.
-        scorer (`DensityRatioScorer`): The reward's. A process without a pair, and models on servers, are not checked.
-
-    Raises:
-        ConfigError: both have the same weights. Every log-ratio is 0, and a policy would learn from the gate alone.
-    """
-    if not scorer.ranks.holds_pair:
-        return
-    with scorer.use() as pair:
-        if pair.strong.is_served or pair.weak.is_served:
-            return
-        strong, weak = pair.strong.local, pair.weak.local
-        known = [(lm.weights, lm.adapter and lm.adapter.weights) for lm in (strong, weak)]
-        is_same = known[0] == known[1] and known[0][0] is not None
-        if not is_same and None in (strong.weights, weak.weights):
-            for lm in (strong, weak):
-                lm.wake()
-            is_same = fingerprint(strong.model) == fingerprint(weak.model)
-    if is_same:
-        raise ConfigError(
-            f"strong ({strong.name}) and weak ({weak.name}) of {name} have the same weights: every log-ratio is 0, and "
-            "the policy would learn from the gate's penalty alone. Pass two models that differ."
         )
 
 

@@ -1,6 +1,6 @@
-"""A call's scores and rewards -> what a run logs of them. Pure: records in, numbers out.
+"""A call's scores and rewards -> the metrics of a run, as sums and counts. Pure: records in, numbers out.
 
-`reward` hands the call's metrics to GRPO and RLOO, `callback` to online DPO and to the completions table.
+`metrics_callback` adds the sums up and logs them.
 """
 
 import math
@@ -44,23 +44,23 @@ Sums = dict[str, tuple[float, float]]
 
 def call_metrics(call: Call) -> dict[str, float]:
     """
-    Means and shares over a call. The same keys whatever it holds, so that every rank logs alike; 0 where nothing is
-    known.
+    Return the means and shares of a call. Unknown metrics are left out.
 
     Returns:
-        `dict`: `strong_logps`, `weak_logps` (means, nats a completion), `strong_logps_per_token`, `log_ratio_std`
-        (nats), `tokens` (mean), of the gate `surprise` and `survival` (means, nats) or `typicality` (mean), the shares
-        `truncated`, `unscorable`, `gated`, `ties` (of the completions of one prompt, pairs with equal rewards) and
-        `distinct_tokens` (of each completion's tokens), the `length_correlation` of reward and tokens, and `seconds`,
-        with `cdr_offload` also `wake_seconds`.
+        `dict`: `strong_logps`, `weak_logps` (means, nats per completion), `strong_logps_per_token` (of all tokens),
+        `log_ratio_std` (nats), `tokens` (mean), of the gate `surprise` and `survival` (means, nats) or `typicality`
+        (mean), the shares `truncated`, `unscorable`, `gated`, `ties` (of the completions of one prompt, pairs with
+        equal rewards) and `distinct_tokens` (of each completion's tokens), the `length_correlation` of reward and
+        tokens, and `seconds`, with `cdr_offload` also `wake_seconds`.
     """
     return means(call_sums(call))
 
 
 def call_sums(call: Call) -> Sums:
     """
-    The metrics of `call_metrics`, each with what it counts: scored completions, all of them, those with tokens, pairs
-    of a prompt, calls. A spread or a correlation, which can't be added up, counts as that of each of its completions.
+    Return the metrics of `call_metrics`, each as a sum and a count: of scored completions, of all completions, of
+    tokens, of pairs of one prompt or of calls. A spread or a correlation can't be added up. It counts once for each of
+    its completions.
     """
     scored = [score for score in call.scores if score.value is not None]
     lengths = [float(score.n_tokens) for score in scored]
@@ -71,7 +71,7 @@ def call_sums(call: Call) -> Sums:
     return {
         "strong_logps": _sum([score.strong_logps for score in scored]),
         "weak_logps": _sum([score.weak_logps for score in scored]),
-        "strong_logps_per_token": _sum([(score.strong_logps or 0.0) / score.n_tokens for score in scored]),
+        "strong_logps_per_token": (sum(score.strong_logps or 0.0 for score in scored), sum(lengths)),
         "log_ratio_std": (spread * len(scored), len(scored)),
         "tokens": _sum(lengths),
         "surprise": _sum([score.surprise for score in scored if score.surprise is not None]),
@@ -108,8 +108,8 @@ def add_sums(*parts: Sums) -> Sums:
 
 
 def means(sums: Sums) -> dict[str, float]:
-    """What each metric is on average; 0 where nothing was counted."""
-    return {key: total / count if count else 0.0 for key, (total, count) in sums.items()}
+    """Return each metric's mean. A metric with the count 0 is left out: not known is not 0."""
+    return {key: total / count for key, (total, count) in sums.items() if count}
 
 
 def _sum(values: Sequence[Any]) -> tuple[float, float]:

@@ -7,9 +7,10 @@ So of every log two numbers are read, both in nats a token,
     cost = -log p_strong                   what the policy's text costs the strong model
     gain = log p_strong - log p_weak       what the pair pays for it
 
-and one is watched: waste = cost - gain. Learning what the pair knows lowers it, be it that text becomes likelier (cost
-falls) or that good text is rarer than bad (cost rises, and buys as much ratio). It rises where a nat of the strong
-model's likelihood is given up for less than a nat of the ratio.
+Both are means over all tokens that were scored since the last log. One number is watched: waste = cost - gain.
+A policy that learns from the pair lowers it: text becomes likelier (the cost falls), or good text is rarer than bad
+(the cost rises, and the gain rises as much). It rises if the policy gives up a nat of the strong model's likelihood for
+less than a nat of the ratio.
 
 The alarm is a CUSUM. With w_0 the mean waste of the first n logs, and s the noise of one (from the differences between
 logs, and a fifth of a nat at least: a smaller change is none),
@@ -23,7 +24,8 @@ Nothing of it depends on the size of model, vocabulary or batch, on lengths, on 
 entropy, ties, the share of distinct tokens and the distance from the start change in healthy runs as they do in others,
 and are not looked at. How often the rule is wrong: `examples/RESULTS.md`, by `demo.alarms`.
 
-Neighbours: `metrics` makes the numbers, `gaming_watch` acts while a run goes on, `audit` reads finished runs.
+Neighbours: `metrics` and `metrics_callback` make the numbers, `gaming_watch` acts while a run goes on, `audit` reads
+finished runs.
 """
 
 import math
@@ -171,14 +173,14 @@ def read_entry(entry: Mapping[str, Any], *, name: str) -> Reading | None:
         entry (`Mapping`): The entry.
         name (`str`): `cdr_name` of the reward.
     """
-    metrics = ("strong_logps_per_token", "strong_logps", "weak_logps", "tokens")
+    metrics = ("strong_logps", "weak_logps", "tokens")  # means over the same completions
     keys = ("step", *(f"{name}/{key}" for key in metrics))
     found = [entry.get(key) for key in keys]
     numbers = [float(value) for value in found if isinstance(value, int | float) and math.isfinite(value)]
     if len(numbers) < len(keys) or numbers[-1] <= 0:  # nothing was scored
         return None
-    step, per_token, strong, weak, tokens = numbers
-    return Reading(int(step), cost=-per_token, gain=(strong - weak) / tokens)
+    step, strong, weak, tokens = numbers
+    return Reading(int(step), cost=-strong / tokens, gain=(strong - weak) / tokens)
 
 
 def names_in(history: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -23,7 +23,6 @@ _GRPO_LOSS = {
     "loss_type",
     "importance_sampling_level",
     "scale_rewards",
-    "multi_objective_aggregation",
     "top_entropy_quantile",
     "entropy_coef",
     "entropy_coef_min",
@@ -92,7 +91,11 @@ class OnlinePreferenceConfig(GRPOConfig):  # type: ignore[misc]
         metadata={"help": "The best completion of a group is chosen. Rejected is the worst, or a random other."},
     )
     min_margin: float = field(
-        default=0.0, metadata={"help": "Pairs whose rewards differ by less have no weight. Unit: the reward's."}
+        default=0.0,
+        metadata={
+            "help": "A pair has no weight if its rewards differ by less. Unit: the reward's; standard deviations with "
+            "multi_objective_aggregation=normalize_then_sum."
+        },
     )
     beta: float | None = field(
         default=None, metadata={"help": "GRPO's; not to be set: see preference_beta. The trainer sets it."}
@@ -168,6 +171,8 @@ class OnlinePreferenceConfig(GRPOConfig):  # type: ignore[misc]
         if self.beta is not None and self.beta != expected:
             raise ConfigError(f"beta is {self.beta}: it belongs to GRPO's loss. Leave it out; pass preference_beta.")
         self.beta = expected  # above 0: GRPO loads the reference
+        if getattr(self, "scale_rewards", None) is True:
+            self.scale_rewards = "group"  # as GRPO reads it: its default
         for each in fields(self):
             if each.name in _GRPO_LOSS and getattr(self, each.name) != each.default:
                 raise ConfigError(
@@ -180,8 +185,10 @@ class OnlinePreferenceConfig(GRPOConfig):  # type: ignore[misc]
             value = getattr(self, name)
             if value is None and name == "num_generations_eval":
                 continue
-            if not isinstance(value, int) or value < 2:
-                raise ConfigError(f"{name} is {value!r}: a pair needs two completions. Use 2 or more.")
+            least = 2 if name == "num_generations" else 1  # an evaluation without pairs still has rewards
+            if not isinstance(value, int) or value < least:
+                reason = "a pair needs two completions" if least == 2 else "it counts completions"
+                raise ConfigError(f"{name} is {value!r}: {reason}. Use {least} or more.")
         check_batch_size("per_device_train_batch_size", self.per_device_train_batch_size, self.num_generations)
         if getattr(self.eval_strategy, "value", self.eval_strategy) != "no":
             check_batch_size(

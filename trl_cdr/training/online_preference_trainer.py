@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
 from .. import _compat
@@ -26,6 +27,16 @@ from .online_preference_config import OnlinePreferenceConfig, check_batch_size
 from .pairs_table import print_table, write_table
 
 logger = logging.getLogger(__name__)
+
+
+class _MetricsOfCheckpoint(TrainerCallback):  # type: ignore[misc]
+    """Tells an `OnlinePreferenceTrainer` when the state of the checkpoint that it resumes is there."""
+
+    def __init__(self, trainer: "OnlinePreferenceTrainer") -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:  # noqa: ARG002
+        self._trainer.resume_metrics(state)
 
 
 class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -118,6 +129,7 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self._fuses_head = self._fuse_head(policy)
         self._keeps_logits = True  # until the policy's forward does not
+        self.add_callback(_MetricsOfCheckpoint(self))
 
     def _check_best_metric(self) -> None:
         """Check that one of several evaluation sets decides on the best checkpoint."""
@@ -166,6 +178,8 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         weights = self.reward_weights.to(gathered.device)
         combined = combine_rewards(gathered, weights, num_generations=self._group_size)  # (B_all,)
         self._log_rewards(combined)
+        if getattr(self.args, "multi_objective_aggregation", None) == "normalize_then_sum":
+            combined = combine_rewards(gathered, weights, num_generations=self._group_size, normalize=True)
         first = self.accelerator.process_index * len(prompts)
         local = combined[first : first + len(prompts)]  # (B,)
         truncated: set[int] = set()
@@ -265,13 +279,19 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
         logged = losses if balance is None else losses + balance
         self._log_loss(rewards.detach(), logps.detach(), logged.detach(), weights)
         self._log_by_token(by_token, counts.sum(dim=1), weights)
-        is_training = self.model.training
-        divisor = len(weights) * self.current_gradient_accumulation_steps if is_training else weights.sum()
+        divisor = len(weights) if self.model.training else weights.sum()
         loss: Tensor = (weights * losses).sum() / divisor  # in evaluation NaN without a pair
+        by_batch = {}
         if balance is not None and aux_loss is not None:
-            loss = loss + balance / (self.current_gradient_accumulation_steps if is_training else 1)
-            self._count({"aux_loss": aux_loss.detach()[None]}, torch.ones_like(aux_loss)[None])
-        return loss
+            loss = loss + balance
+            by_batch["aux_loss"] = aux_loss.detach()[None]
+        share = 1.0
+        if self.model.training:
+            share /= self.current_gradient_accumulation_steps
+            by_batch["loss"] = loss.detach()[None]
+        if by_batch:  # every update of the policy counts once
+            self._count(by_batch, torch.full_like(weights[:1], share))
+        return loss * share
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The base class's, whose loss is a mean over batches: here it is one over the pairs that are used."""
@@ -285,9 +305,11 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """GRPO's, with the means of what was counted since the last log, and a table of pairs in place of its own."""
         mode = "train" if self.model.training else "eval"
-        for name, (total, count) in self._sums[mode].items():
+        for name, (total, count) in list(self._sums[mode].items()):
+            if name == "loss" and name not in logs:  # not the trainer's own log
+                continue
             self._metrics[mode][name] = [total / count if count else math.nan]
-        self._sums[mode].clear()
+            del self._sums[mode][name]
         if mode == "eval" and self._eval_set:  # GRPO gives all sets the same names, and the last one would count
             for name in list(self._metrics[mode]):
                 self._metrics[mode][f"{self._eval_set}_{name}"] = self._metrics[mode].pop(name)
@@ -303,6 +325,20 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
             logs.update({name: math.nan if entry[name] is None else entry[name] for name in entry if name != "step"})
         if is_shown and self.accelerator.is_main_process and self._logs["prompt"]:
             self._show_completions()
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """GRPO's. A checkpoint also gets the values that no log has shown yet, so that a resumed run logs them."""
+        metrics = {name: [float(value) for value in values] for name, values in self._metrics["train"].items()}
+        attributes = {"metrics": metrics, "sums": dict(self._sums["train"])}
+        self.state.stateful_callbacks[self._name] = {"args": {}, "attributes": attributes}
+        super().save_model(*args, **kwargs)
+
+    def resume_metrics(self, state: TrainerState) -> None:
+        """Begin a run with the values that its checkpoint has, which no log has shown yet; see `save_model`."""
+        kept = state.stateful_callbacks.get(self._name, {}).get("attributes", {})
+        self._metrics["train"].clear()
+        self._metrics["train"].update({name: list(values) for name, values in kept.get("metrics", {}).items()})
+        self._sums["train"] = {name: (total, count) for name, (total, count) in kept.get("sums", {}).items()}
 
     def _show_completions(self) -> None:
         """Print and keep what GRPO has gathered."""

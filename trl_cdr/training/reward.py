@@ -21,11 +21,13 @@ from ..errors import ConfigError
 from ..scoring.rewards import rewards_from_scores
 from ..scoring.score import Score
 from ..scoring.scorer import DensityRatioScorer
-from ..scoring.together import load_together, score_together
+from ..scoring.together import score_together
 from ..scoring.types import Message, Prompt
-from .checks import check_domains, check_name, check_pair, check_policy, compare_prompts, trainer_datasets
+from .checks import compare_prompts
 from .metrics import Call, call_metrics
-from .provenance import ProvenanceCallback, resume_date
+from .metrics_callback import MetricsCallback, insert_before_integrations
+from .provenance import ProvenanceCallback
+from .trainer_setup import set_up
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +105,9 @@ class CDRReward:
                 f"criteria has several domains ({domains}), and nothing selects one. Pass router or domain."
             )
         self._observers: list[Callable[[], Callable[[Call], None] | None]] = []
-        self._has_warned = False
-        self._met: weakref.ref[Any] | None = None
+        self._has_warned = self._has_compared = False
+        self._trainer: weakref.ref[Any] | None = None
+        self._metrics: weakref.ref[MetricsCallback] | None = None
         # TRL < 1.9 reads __name__ unguarded, and every version shows it in its logs (trl#6313).
         self.__name__ = f"{self.config.cdr_name}_reward"
 
@@ -141,7 +144,8 @@ class CDRReward:
         Args:
             prompts, completions (`Sequence`): Strings or conversations, as many of one as of the other.
             completion_ids (`Sequence[Sequence[int]]`, *optional*): The policy's token ids, padded or not.
-            log_metric (`Callable`, *optional*): GRPO's and RLOO's; receives the call's metrics as `<name>/...`, see
+            log_metric (`Callable`, *optional*): GRPO's and RLOO's, from which the trainer is known: its logs get the
+                metrics, see `MetricsCallback`. Any other function receives the call's metrics as `<name>/...`, see
                 `call_metrics`.
             log_extra (`Callable`, *optional*): GRPO's and RLOO's; receives `<name>_strong_logps`, `<name>_weak_logps`,
                 `<name>_tokens` and `<name>_gated` of each completion, for the completions table.
@@ -164,12 +168,14 @@ class CDRReward:
         """
         trainer = _compat.trainer_behind(log_metric)
         if trainer is not None:
-            self._meet(trainer, prompts)
-        elif "trainer_state" in columns:
-            self._take_variables(columns.get("chat_template_kwargs"))
+            self.use_trainer(trainer)
+        elif "trainer_state" in columns and log_metric is None:  # of TRL's trainers only online DPO
+            self._follow_online_dpo(columns.get("chat_template_kwargs"))
         started, moved = time.perf_counter(), self.scorer.moving_seconds
         domains = None if self.scorer.router is None else self.scorer.router.read_column(columns)
         is_trainers = trainer is not None or "trainer_state" in columns  # then every process calls
+        if is_trainers:
+            self._compare_prompts(prompts)
         score = partial(score_together, self.scorer) if is_trainers else self.scorer.score
         scores = score(prompts, completions, completion_ids=completion_ids, domains=domains)
         self._warn(scores)
@@ -182,11 +188,11 @@ class CDRReward:
             groups=[repr(prompt) for prompt in prompts],
             lowest=self.scorer.ranks.lowest if is_split and _MAY_WAIT.get() else dict,
         )
-        if scores and (log_metric is not None or log_extra is not None or self._observers):
+        if scores:
             tokens = completion_ids if completion_ids is not None else [str(said).split() for said in completions]
             moving = None if moved is None else (self.scorer.moving_seconds or 0.0) - moved
             call = Call(prompts, completions, list(tokens), scores, rewards, time.perf_counter() - started, moving)
-            self._report(call, log_metric, log_extra)
+            self._report(call, log_metric, log_extra, is_trainers=is_trainers)
         return rewards
 
     @property
@@ -213,6 +219,34 @@ class CDRReward:
         setattr(reward, "_cdr_reward", self)  # noqa: B010 - what `_compat.cdr_reward` knows it by
         return reward
 
+    def use_trainer(self, trainer: Any) -> None:
+        """
+        Set this reward up for a trainer: read all that scores depend on, check it, load the pair, log the reward's
+        metrics and record its options. GRPO, RLOO and `OnlinePreferenceTrainer` do this in their first call of the
+        reward, and [`CDRCallback`] when training begins. The second time nothing happens. Waits for all processes.
+
+        Args:
+            trainer (`Trainer`): One of its reward functions is this reward, or calls it.
+
+        Raises:
+            ConfigError, InputError, ModelError: see `trainer_setup.set_up`.
+        """
+        if self._trainer is not None and self._trainer() is trainer:
+            return
+        set_up(self, trainer)
+        callbacks = trainer.callback_handler.callbacks
+        keepers = [one for one in callbacks if isinstance(one, ProvenanceCallback)]
+        if not keepers:
+            keepers.append(ProvenanceCallback(self))
+            trainer.add_callback(keepers[0])
+        keepers[0].join(trainer)
+        metrics = [one for one in callbacks if isinstance(one, MetricsCallback) and one.reward is self]
+        if not metrics:
+            metrics.append(MetricsCallback(self, trainer))
+            insert_before_integrations(metrics[0], trainer)
+        self._metrics = weakref.ref(metrics[0])
+        self._trainer, self._has_compared = weakref.ref(trainer), False
+
     def attach(self, trainer: Any) -> None:
         """
         Put the pair on the base of a trainer's policy, with `share_policy`: strong and weak are that base with adapters
@@ -228,7 +262,7 @@ class CDRReward:
         """
         if not self.config.cdr_share_policy:
             raise ConfigError("share_policy is not set: the pair is loaded beside the policy. Pass share_policy=True.")
-        self.scorer.use_policy(trainer.accelerator.unwrap_model(trainer.model))
+        self.scorer.use_policy(_compat.unwrapped_policy(trainer))
 
     def observe(self, observer: Callable[[Call], None]) -> None:
         """
@@ -247,44 +281,24 @@ class CDRReward:
         """What `_compat.cdr_reward` knows it by."""
         return self
 
-    def _meet(self, trainer: Any, prompts: Sequence[Prompt]) -> None:
-        """Once for each trainer, on every process: check what it brings, learn its tokenizer, leave the record."""
-        if self._met is not None and self._met() is trainer:
-            return
-        check_name(self.__name__, trainer)
-        check_policy(self.__name__, trainer.model, self.scorer.modules())
-        check_domains(self.scorer.router, trainer_datasets(trainer))
-        self.scorer.use_policy_tokenizer(trainer.processing_class, end_ids=_compat.generation_ends(trainer))
-        self.scorer.use_conversations(*_compat.conversation_arguments(trainer))
-        resume_date(self, trainer.args, trainer.state)
-        if self.config.cdr_share_policy:
-            self.attach(trainer)
-        load_together(self.scorer)
-        check_pair(self.__name__, self.scorer)
-        keepers = [one for one in trainer.callback_handler.callbacks if isinstance(one, ProvenanceCallback)]
-        if not keepers:
-            keepers.append(ProvenanceCallback(self))
-            trainer.add_callback(keepers[0])
-        keepers[0].join(trainer)
-        compare_prompts(self.__name__, self.scorer, trainer, prompts)
-        self._met = weakref.ref(trainer)
+    def _follow_online_dpo(self, rows: Any) -> None:
+        """
+        Read prompts as online DPO does: without BOS before string prompts, and with the variables that its data set
+        has for each row (GRPO and RLOO do not read them). One call has one set of variables. The trainer is not known.
 
-    def _take_variables(self, rows: Any) -> None:
+        Args:
+            rows (`list` or `None`): The data set's column `chat_template_kwargs`.
         """
-        Render prompts with the variables that a data set has for its rows, as online DPO does (GRPO and RLOO do not).
-        One call has one set of variables.
-        """
-        if not isinstance(rows, (list, tuple)) or not rows:
-            return
-        if all(row == rows[0] for row in rows):
-            self.scorer.use_conversations(rows[0], None)
+        variables = rows[0] if isinstance(rows, (list, tuple)) and rows else self.scorer.form.template_kwargs
+        if not rows or all(row == rows[0] for row in rows):
+            self.scorer.use_conversations(variables, self.scorer.form.tools, adds_bos=False)
         elif not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "%s: the data set's column chat_template_kwargs differs between rows of one batch. Online DPO renders "
                 "each prompt with its own variables, and the pair reads all prompts with %s.",
                 self.__name__,
-                self.scorer.conversations[0],
+                self.scorer.form.template_kwargs,
             )
 
     def _on_unscorable(self, trainer: Any) -> str:
@@ -298,9 +312,19 @@ class CDRReward:
         """Whether a trainer (None: not known) asks this reward itself, and no function in between."""
         return any(_compat.cdr_reward(function) is self for function in _compat.reward_functions(trainer))
 
-    def _report(self, call: Call, log_metric: Any, log_extra: Any) -> None:
+    def _compare_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Compare the first batch's prompts with the policy's, if the trainer is known."""
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is not None and not self._has_compared:
+            self._has_compared = True
+            compare_prompts(self.__name__, self.scorer, trainer, prompts)
+
+    def _report(self, call: Call, log_metric: Any, log_extra: Any, *, is_trainers: bool) -> None:
         name = self.config.cdr_name
-        if log_metric is not None:
+        metrics = None if self._metrics is None or not is_trainers else self._metrics()
+        if metrics is not None:
+            metrics.count(call)
+        elif log_metric is not None:  # a caller with logs of its own
             for key, value in call_metrics(call).items():
                 log_metric(f"{name}/{key}", value)
         if log_extra is not None:
@@ -325,4 +349,4 @@ class CDRReward:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_observers": [], "_met": None}
+        return {**self.__dict__, "_observers": [], "_trainer": None, "_metrics": None}

@@ -7,7 +7,7 @@ it. Nothing of the method is here.
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -148,7 +148,12 @@ def train(
             "it is. Pass use_peft: true, or leave out cdr_share_policy."
         )
     checkpoint = find_checkpoint(training_args)
-    rewards = rewards_for(arguments, training_args=training_args, cdr_args=cdr_args)
+    rewards = make_rewards(
+        cdr_args,
+        training_args,
+        objectives=arguments.cdr_objectives or (),  # type: ignore[arg-type]
+        names=arguments.reward_funcs or (),
+    )
     objectives = [reward for reward in rewards if isinstance(reward, CDRReward)]
     policy = str(model_args.model_name_or_path)
     training_args.model_init_kwargs = policy_init_kwargs(training_args, model_args)
@@ -178,17 +183,6 @@ def train(
     if trainer.accelerator.is_main_process:
         print_summary(trainer, kind=arguments.trainer)
     end_training(trainer)
-
-
-def rewards_for(arguments: TrainArguments, *, training_args: Any, cdr_args: CDRConfig) -> list[Any]:
-    """
-    Build the rewards as the trainer wants them; see `make_rewards`. `cdr_add_special_tokens="auto"` is `"false"` for
-    online DPO, which puts no BOS before string prompts.
-    """
-    if arguments.trainer == "online_dpo" and cdr_args.cdr_add_special_tokens == "auto":
-        cdr_args = replace(cdr_args, cdr_add_special_tokens="false")
-    objectives: Any = arguments.cdr_objectives or ()
-    return make_rewards(cdr_args, training_args, objectives=objectives, names=arguments.reward_funcs or ())
 
 
 def find_checkpoint(training_args: Any) -> str | None:
