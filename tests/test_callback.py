@@ -142,14 +142,24 @@ def test_no_name_loses_metrics(name, prefix, tmp_path, checkpoints, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["online_dpo", "grpo"])
-def test_two_processes_log_what_both_counted(name, tmp_path, checkpoints):
-    """And do not wait for one another where one of them logs alone."""
+@pytest.mark.parametrize(
+    ("name", "processes", "silent"),
+    [
+        ("online_dpo", 2, "no"),
+        ("grpo", 2, "no"),
+        ("online_dpo", 4, "yes"),
+        ("grpo", 4, "yes"),
+        ("online_preference", 2, "yes"),
+    ],
+)
+def test_processes_log_what_all_counted(name, processes, silent, tmp_path, checkpoints):
+    """Also if one process has nothing to score. None waits for another if one of them logs alone."""
     policy_tokenizer = byte_tokenizer(280)
     llama(len(policy_tokenizer), seed=2).save_pretrained(tmp_path / "policy")
     pair = [checkpoints["strong"], checkpoints["weak"]]
-    [ranks] = launch(Run("two_ranks_callback.py", [name, *pair, str(tmp_path / "policy"), str(tmp_path)]))
-    assert [rank["processes"] for rank in ranks] == [2, 2]
+    arguments = [name, *pair, str(tmp_path / "policy"), str(tmp_path), silent]
+    [ranks] = launch(Run("ranks_callback.py", arguments, processes))
+    assert [rank["processes"] for rank in ranks] == [processes] * processes
     logs = loss_logs(ranks[0]["logs"])
     assert len(logs) == 2
     assert sum("mine" in entry for entry in ranks[0]["logs"]) == 5
@@ -158,18 +168,24 @@ def test_two_processes_log_what_both_counted(name, tmp_path, checkpoints):
         rows = [row for rank in calls for _, scores, rewards in rank for row in zip(scores, rewards, strict=True)]
         scored = [score for score, _ in rows if score.value is not None]
         assert 0 < len(scored) < len(rows)
-        quick = [reward for score, reward in rows if score.domain == "quick"]
+        quick = [reward for score, reward in rows if score.domain == "quick" and score.value is not None]
         assert entry["cdr/rewards/quick"] == pytest.approx(statistics.fmean(quick))
-        assert entry["cdr/step_share"] == pytest.approx((2 * 0.25 + 2 * 0.5) / (2 * 1 + 2 * 4))
+        ticks = range(processes)  # in seconds a call takes 0.25 (rank + 1), a step 1 + 3 rank
+        share = sum(0.25 * (rank + 1) for rank in ticks) / sum(1 + 3 * rank for rank in ticks)
+        assert entry["cdr/step_share"] == pytest.approx(share)
         assert entry["cdr/strong_logps"] == pytest.approx(statistics.fmean(score.strong_logps for score in scored))
         per_token = sum(score.strong_logps for score in scored) / sum(score.n_tokens for score in scored)
         assert entry["cdr/strong_logps_per_token"] == pytest.approx(per_token)
         assert entry["cdr/unscorable"] == pytest.approx(1 - len(scored) / len(rows))
-        assert entry["cdr/seconds"] == pytest.approx((0.25 + 0.5) / 2)
-    sizes = {
+        assert entry["cdr/seconds"] == pytest.approx(statistics.fmean(0.25 * (rank + 1) for rank in ticks))
+    sizes = [
         tuple(sum(score.value is not None for score in scores) for _, scores, _ in rank["calls"]) for rank in ranks
-    }
-    assert len(sizes) == 2  # the processes counted unlike
+    ]
+    assert len(set(sizes)) > 1  # the processes counted unlike
+    if silent == "yes":
+        assert set(sizes[-1]) == {0}
+        files = json.loads((tmp_path / "cdr_labeling.json").read_text())
+        assert files["name"] == "cdr_reward"
     ended = set()
     for rank in ranks:
         for tokens, scores, _ in rank["calls"]:
@@ -177,7 +193,7 @@ def test_two_processes_log_what_both_counted(name, tmp_path, checkpoints):
                 ended.add(score.finished)
                 assert score.finished == (policy_tokenizer.eos_token_id in row)
     assert ended == {True, False}
-    assert [rank["kept"] for rank in ranks] == [0, 0]
+    assert not any(rank["kept"] for rank in ranks)
     if name == "online_dpo":
         files = sorted((tmp_path / "completions").iterdir())
         assert [path.name for path in files] == [f"completions_0000{step}.parquet" for step in (2, 4, 5)]

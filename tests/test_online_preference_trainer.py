@@ -876,39 +876,71 @@ def moe(tokenizer, tmp_path, coef=0.5):
     return str(tmp_path / "moe")
 
 
+def balancing_loss(router_logits, top_k):
+    """
+    The Switch Transformer's load-balancing loss (arXiv 2101.03961, eq. 4 to 6), over layers and rows: N times the sum,
+    over N experts, of the share of tokens that an expert gets and its mean probability.
+    """
+    probs = torch.cat(router_logits).softmax(dim=1)  # (tokens x layers, N)
+    chosen = torch.zeros_like(probs).scatter_(1, probs.topk(top_k, dim=1).indices, 1.0)
+    return probs.shape[1] * (chosen.mean(dim=0) * probs.mean(dim=0)).sum()
+
+
 @pytest.mark.skipif(Version(version("trl")) < Version("1.16"), reason="TRL trains experts without that loss")
 @pytest.mark.parametrize("kind", [Recorder, Fused])
 @pytest.mark.parametrize("loss", ["simpo", "dpo"])
-def test_load_balancing_loss_is_added(kind, loss, tmp_path, tokenizer):
-    """Its gradient too, whole over accumulated micro-batches: against the model's own loss."""
+def test_gradient_with_load_balancing_loss(kind, loss, tmp_path, tokenizer):
+    """Over two micro-batches, against autograd of each row alone in float64."""
     folder = moe(tokenizer, tmp_path)
     options = {"preference_loss": loss, "gradient_accumulation_steps": 2, "max_steps": 1, "learning_rate": 1e-2}
     options |= {"steps_per_generation": 2, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
     trainer = make(tmp_path, folder, tokenizer, kind=kind, **options)
     assert trainer.aux_loss_enabled
-    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()
-    logged = next(entry for entry in trainer.state.log_history if "aux_loss" in entry)
-    exact = AutoModelForCausalLM.from_pretrained(folder)  # its experts are not computed in float64
-    aux = []
-    for inputs, _, _ in trainer.batches:
-        names = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")
-        rows = {name: inputs[name].flatten(0, 1) for name in names}
-        ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
-        mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
-        aux.append(exact(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss)
-    assert len(aux) == 2
-    assert logged["aux_loss"] == pytest.approx(sum(one.item() for one in aux) / 2, abs=1e-4)
-    (0.5 * sum(aux) / 2).backward()
-    plain = make(tmp_path, folder, tokenizer, kind=kind, **options, router_aux_loss_coef=0.0)
-    plain.train()
-    routers = [name for name in before if name.endswith("gate.weight")]
-    assert routers
-    for name in routers:
-        moved = trainer.model.get_parameter(name) - plain.model.get_parameter(name)
-        expected = -1e-2 * exact.get_parameter(name).grad.float()
-        torch.testing.assert_close(moved.detach(), expected, rtol=1e-2, atol=1e-6)
-        assert expected.abs().max() > 1e-5
+    [logged] = logs_of(trainer, "aux_loss")
+    exact, reference = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+        for _ in range(2)
+    )
+    losses, balances = [], []
+    for inputs, *_ in trainer.batches:
+        sums, ref_sums, counts, routers = [], [], [], []
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        for prompt, read, ids, kept in zip(*(inputs[name].flatten(0, 1) for name in names), strict=True):
+            row = torch.cat([prompt[read.bool()], ids[kept.bool()]])[None]
+            count = int(kept.sum())
+            output = exact(row, output_router_logits=True)
+            routers += output.router_logits
+            with torch.no_grad():
+                ref_logits = reference(row).logits
+            for logits, found in ((output.logits, sums), (ref_logits, ref_sums)):
+                logps = logits[0, -count - 1 : -1].log_softmax(dim=1)
+                found.append(logps.gather(1, row[0, -count:, None]).sum())
+            counts.append(count)
+        balances.append(balancing_loss(routers, exact.config.num_experts_per_tok))
+        found, ref = (torch.stack(each).view(-1, 2) for each in (sums, ref_sums))  # (P, 2)
+        if loss == "simpo":
+            logps = found / torch.tensor(counts).view(-1, 2)
+            each = simpo_loss(*logps.unbind(1), beta=2.0, gamma=1.0)
+        else:
+            ref_logps = {"ref_chosen_logps": ref[:, 0], "ref_rejected_logps": ref[:, 1]}
+            each = dpo_loss(*found.unbind(1), **ref_logps, beta=0.1)
+        losses.append((inputs["weights"] * each).mean())
+    assert len(losses) == 2
+    expected = sum(losses) / 2 + 0.5 * sum(balances) / 2
+    expected.backward()
+    assert logged["aux_loss"] == pytest.approx(sum(each.item() for each in balances) / 2, abs=1e-4)
+    assert logged["loss"] == pytest.approx(expected.item(), abs=1e-4)
+    before = AutoModelForCausalLM.from_pretrained(folder)
+    largest = 0.0
+    for name, weight in trainer.model.named_parameters():
+        step = (before.get_parameter(name) - weight).detach().double() / 1e-2
+        gradient = exact.get_parameter(name).grad
+        torch.testing.assert_close(step, gradient, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        largest = max(largest, float((step - gradient).abs().max()))
+        if name.endswith("gate.weight"):
+            assert gradient.abs().max() > 1e-2
+    print(f"{kind.__name__} {loss}: gradients differ by {largest:.1e} at most")
 
 
 def test_policy_without_experts_has_no_balancing_loss(tmp_path, policy, tokenizer):

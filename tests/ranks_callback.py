@@ -1,9 +1,9 @@
-"""A run whose two processes label unlike rows in unlike times, for `test_callback`.
+"""A run of processes that label unlike rows in unlike times, for `test_callback`.
 
-two_ranks_callback.py TRAINER STRONG WEAK POLICY OUT, by `ranks`.
+ranks_callback.py TRAINER STRONG WEAK POLICY OUT SILENT, by `ranks`.
 
-Some rows can't be scored, a callback logs on the main process alone, and clocks tick by process: on rank 0 a call takes
-0.25 seconds and a step 1, on rank 1 these are 0.5 and 4.
+Some rows can't be scored; with SILENT "yes" this is every row of the last process. A callback logs on the main process
+alone. Clocks tick by process: a call takes 0.25 (rank + 1) seconds, a step 1 + 3 rank.
 """
 
 import itertools
@@ -18,12 +18,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-from trl_cdr import CDRCallback, CDRReward, Criteria, DomainCriteria
+from trl_cdr import (
+    CDRCallback,
+    CDRReward,
+    Criteria,
+    DomainCriteria,
+    OnlinePreferenceConfig,
+    OnlinePreferenceTrainer,
+)
 from trl_cdr.training import metrics_callback
 from trl_cdr.training import reward as reward_module
 
-name, strong, weak, policy, out = sys.argv[1:]
-rank = int(os.environ["RANK"])
+name, strong, weak, policy, out, silent = sys.argv[1:]
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 tokenizer = byte_tokenizer(280)  # not the pair's
 
 
@@ -47,12 +54,19 @@ class MainProcessLogs(TrainerCallback):
 # transformers 4.56 beside torch 2.13 can't place a model on a CPU by device_map in a process group; drop with the floor
 pair = [AutoModelForCausalLM.from_pretrained(folder) for folder in (strong, weak)]
 pair_tokenizer = AutoTokenizer.from_pretrained(strong)
+
+
+def find_domain(prompt):
+    is_known = rank < size - 1 and not prompt[-1]["content"].endswith("3")
+    return "quick" if is_known else "unknown"
+
+
 reward = CDRReward(
     *pair,
     strong_tokenizer=pair_tokenizer,
     weak_tokenizer=pair_tokenizer,
     criteria=Criteria({"quick": DomainCriteria("be quick"), "plain": DomainCriteria()}),
-    router="column:kind",
+    router=find_domain if silent == "yes" else "column:kind",
     gate="none",
 )
 model = AutoModelForCausalLM.from_pretrained(policy)
@@ -75,9 +89,12 @@ kwargs = {
 }
 if name == "online_dpo":
     trainer = OnlineDPOTrainer(args=OnlineDPOConfig(out, max_new_tokens=8, **options), **kwargs)
-else:
+elif name == "grpo":
     args = GRPOConfig(out, max_completion_length=8, num_generations=2, beta=0.0, **options)
     trainer = GRPOTrainer(args=args, **kwargs)
+else:
+    args = OnlinePreferenceConfig(out, max_completion_length=8, num_generations=2, **options)
+    trainer = OnlinePreferenceTrainer(args=args, **kwargs)
 callback = CDRCallback(reward, trainer, log_completions=name == "online_dpo")
 trainer.add_callback(callback)
 trainer.add_callback(MainProcessLogs())
