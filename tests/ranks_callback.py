@@ -3,12 +3,14 @@
 ranks_callback.py TRAINER STRONG WEAK POLICY OUT SILENT, by `ranks`.
 
 Some rows can't be scored; with SILENT "yes" this is every row of the last process. A callback logs on the main process
-alone. Clocks tick by process: a call takes 0.25 (rank + 1) seconds, a step 1 + 3 rank.
+alone. Clocks tick by process: a call takes 0.25 (rank + 1) seconds, a step 1 + 3 rank. Each process has a folder of its
+own, so that the files show which process writes.
 """
 
 import itertools
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 from datasets import Dataset
@@ -31,6 +33,7 @@ from trl_cdr.training import reward as reward_module
 
 name, strong, weak, policy, out, silent = sys.argv[1:]
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+out = out if rank == 0 else f"{out}/rank{rank}"
 tokenizer = byte_tokenizer(280)  # not the pair's
 
 
@@ -76,7 +79,8 @@ options = {
     "per_device_train_batch_size": 4,
     "max_steps": 5,
     "logging_steps": 2,
-    "save_strategy": "no",
+    "save_strategy": "steps",
+    "save_steps": 3,
     **TRAINING,
 }
 kwargs = {
@@ -101,11 +105,13 @@ trainer.add_callback(MainProcessLogs())
 calls = []
 reward.observe(calls.append)
 trainer.train()
+trainer.save_model(f"{out}/final")
 report(
     {
         "calls": [(call.tokens, call.scores, call.rewards) for call in calls],
         "logs": trainer.state.log_history,
         "kept": len(callback._rows),
+        "records": sorted(str(path.parent.relative_to(out)) for path in Path(out).glob("**/cdr_labeling.json")),
         "processes": trainer.accelerator.num_processes,
     }
 )

@@ -984,3 +984,37 @@ def test_evaluation_of_single_completions_has_rewards(tmp_path, policy, tokenize
     assert metrics["eval_reward"] > 0
     assert math.isnan(metrics["eval_loss"])
     assert metrics["eval_pairs/missing"] == 1.0
+
+
+def test_evaluation_after_a_prediction_has_its_own_metrics(tmp_path, policy, tokenizer):
+    def by_length(prompts, completions, **kwargs):
+        base = [10.0 if len(prompt[0]["content"]) > 10 else -10.0 for prompt in prompts]
+        return [value + len(said[0]["content"]) / 1e3 for value, said in zip(base, completions, strict=True)]
+
+    trainer = make(tmp_path, policy, tokenizer, by_length, prompts=["hello", "a dog"] * 2)
+    trainer.predict(Dataset.from_dict({"prompt": [chat("the quick brown fox")] * 2}))
+    metrics = trainer.evaluate()
+    assert metrics["eval_reward"] < -9
+    [entry] = logs_of(trainer, "eval_reward")
+    assert entry["eval_rewards/by_length/mean"] < -9
+
+
+def test_completion_ends_with_any_end_token(tmp_path, policy, tokenizer):
+    """A generation config may name several; a completion that ends with the second one was not cut off."""
+    ends = [[7, tokenizer.eos_token_id], [8, 5], [9, 9], [10, 10]]
+    found = []
+
+    class Ended(OnlinePreferenceTrainer):
+        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list, *args, **kwargs):
+            given = [ends[index % 4] for index in range(len(completion_ids_list))]
+            gathered = super()._calculate_rewards(inputs, prompts, completions, given, *args, **kwargs)
+            found.extend((pair.chosen, pair.rejected, pair.skipped) for pair in self._pairs)
+            return gathered
+
+    def last(completion_ids, **kwargs):
+        return [float(ids[0]) for ids in completion_ids]
+
+    trainer = make(tmp_path, policy, tokenizer, last, kind=Ended, mask_truncated_completions=True, max_steps=1)
+    trainer.eos_token_ids = [tokenizer.eos_token_id, 5]  # as TRL from 1.14.2 reads them in the generation config
+    trainer.train()
+    assert set(found) == {(1, 0, None)}

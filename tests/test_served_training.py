@@ -87,15 +87,19 @@ def test_an_awaited_reward_is_the_same_beside_another_at_once(name, tmp_path, ch
     assert labelled["models"]["strong"]["name"] == "strong"
 
 
-def test_from_yaml(tmp_path, addresses, checkpoints, capsys):
+@pytest.mark.parametrize("name", ["grpo", "online_dpo"])
+def test_from_yaml(name, tmp_path, addresses, checkpoints, capsys):
+    """Online DPO calls a reward and can't await it."""
     rows = [{"prompt": word} for word in WORDS * 2]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     policy = llama(322, seed=2)
     policy.save_pretrained(tmp_path / "policy")
     for file in Path(checkpoints["strong"]).glob("*token*"):
         (tmp_path / "policy" / file.name).write_bytes(file.read_bytes())
-    options = OPTIONS | {
-        "trainer": "grpo",
+    own = {"max_completion_length", "num_generations"}
+    options = {key: value for key, value in OPTIONS.items() if key not in own} | {"max_new_tokens": 4}
+    options = (OPTIONS if name == "grpo" else options) | {
+        "trainer": name,
         "model_name_or_path": str(tmp_path / "policy"),
         "dataset_name": str(tmp_path / "prompts.jsonl"),
         "output_dir": str(tmp_path / "out"),
@@ -106,7 +110,7 @@ def test_from_yaml(tmp_path, addresses, checkpoints, capsys):
     main(["train", "--config", str(tmp_path / "run.yaml")])
     said = capsys.readouterr()
     assert f"loading the pair: strong {addresses['strong']}, weak {addresses['weak']}" in said.err
-    assert "1 steps of grpo" in said.out
+    assert f"1 steps of {name}" in said.out
     options.pop("cdr_gate")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
     with pytest.raises(SystemExit):

@@ -295,7 +295,8 @@ class OnlinePreferenceTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The base class's, whose loss is a mean over batches: here it is one over the pairs that are used."""
-        self._sums["eval"].clear()
+        for counted in (self._sums, self._metrics):
+            counted["eval"].clear()  # of a prediction, which is not logged
         self._eval_set = metric_key_prefix.removeprefix("eval").removeprefix("_")
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, count = self._sums["eval"].pop("loss", (0.0, 0.0))
