@@ -11,7 +11,7 @@ from trl_cdr.scoring import packed as module
 from trl_cdr.scoring import tree_attention
 from trl_cdr.scoring.causal_lm import CausalLM
 from trl_cdr.scoring.forward import Decoder
-from trl_cdr.scoring.packed import VERIFIED, Packed
+from trl_cdr.scoring.packed import VERIFIED, Packed, _PrefixStore
 from trl_cdr.scoring.packing import Layout
 from trl_cdr.scoring.types import Row
 
@@ -234,3 +234,27 @@ def test_autocast_of_the_caller_does_not_reach_a_stem():
         results = lm.per_token_logps(Layout(LONG), token_budget=50)
     expected = [completion_logps(model, row.prompt_ids, row.completion_ids) for row in LONG]
     torch.testing.assert_close([x.double() for x in results], expected, rtol=0, atol=1e-4)
+
+
+def test_prefix_store_refuses_what_is_too_large():
+    """It does not drop what it has for something that it can't keep."""
+    store = _PrefixStore(5)
+    store.put((8, (1, 2, 3)), ["small"])
+    store.put((8, (1, 2, 3, 4, 5, 6)), ["large"])
+    assert store.get((8, (1, 2, 3))) == ["small"]
+    assert store.get((8, (1, 2, 3, 4, 5, 6))) is None
+    store.put((8, (7, 8, 9)), ["newer"])  # six tokens together
+    assert store.get((8, (1, 2, 3))) is None
+    assert store.get((8, (7, 8, 9))) == ["newer"]
+
+
+def test_cost_of_a_prefix_that_is_not_kept_counts():
+    """A prefix longer than the store is run in every call."""
+    rows = [Row((*tuple(range(1, 60)), number), (7, 8, 9)) for number in range(2)]
+    layout = constant_layout(rows)
+    model = build_family("Llama")
+    counts = [
+        CausalLM(model, "strong", prefix_cache_tokens=size).count_tokens(layout, token_budget=4096)
+        for size in (len(layout.constant), len(layout.constant) - 1)
+    ]
+    assert counts[1] - counts[0] == len(layout.constant) > 0

@@ -176,3 +176,13 @@ def test_batches(lengths, budget):
 
 def test_batches_are_filled():
     assert plan_batches([4, 1, 4, 1, 1], 8) == [[0, 2], [1, 3, 4]]
+
+
+def test_subset_keeps_the_constant_prefix():
+    """Rows that are run again, after a lack of memory, are split as they were, and their prefix is kept."""
+    rows = [Row((*PREFIX, number), (1, 2)) for number in range(3)]
+    layout = Layout(rows, constant=PREFIX[:-2])
+    part = layout.subset([2, 0])
+    assert part.rows == (rows[2], rows[0])
+    assert part.constant == part.prefix == PREFIX[:-2]
+    assert layout.subset([1]).prefix == PREFIX[:-2]

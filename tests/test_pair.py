@@ -70,12 +70,13 @@ def test_max_length_cuts_earlier_than_the_model(checkpoints):
     assert (short.truncated, long.truncated) == (False, True)
 
 
-def test_the_generation_configs_end_tokens_count_if_they_are_special(tokenizer):
-    """A config's default end id can be any token; only a special one ends a completion."""
+@pytest.mark.parametrize("role", ["strong", "weak"])
+def test_the_generation_configs_end_tokens_count_if_they_are_special(role, tokenizer):
+    """A config's default end id can be any token; only a special one ends a completion. One model has to name it."""
     strong, weak = llama(len(tokenizer), seed=0), llama(len(tokenizer), seed=1)
     letter = tokenizer("q", add_special_tokens=False).input_ids[0]
     other_end = tokenizer.convert_tokens_to_ids("</s>")
-    strong.generation_config.eos_token_id = [letter, other_end]
+    {"strong": strong, "weak": weak}[role].generation_config.eos_token_id = [letter, other_end]
     scorer = DensityRatioScorer(strong, weak, strong_tokenizer=tokenizer, weak_tokenizer=tokenizer)
     ids = tokenizer("aqa", add_special_tokens=False).input_ids
     rows = [[*ids, other_end, tokenizer.pad_token_id], ids]

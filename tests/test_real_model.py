@@ -1,19 +1,17 @@
 """The machinery on a real model, SmolLM2-135M-Instruct: its template and tokens, parity, samples, an online step."""
 
 import math
-from dataclasses import replace
 from datetime import date
 
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from oracle import completion_logps, split_text
 from peft import LoraConfig
 from tiny import TRAINING, chat, llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_cdr import CDRConfig, CDRReward, Criteria, DensityRatioScorer, DomainCriteria
-from trl_cdr.annotation.score_file import ScoreArguments, score_file
+from trl_cdr import CDRReward, Criteria, DensityRatioScorer, DomainCriteria
 
 pytestmark = pytest.mark.real
 
@@ -115,7 +113,6 @@ def test_own_samples_are_typical(pair, model, tokenizer):
 # peft 0.21 and TRL 1.16 read what transformers 5 deprecates
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_online_step(pair, smollm_folder, tmp_path):
-    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     args = GRPOConfig(
@@ -179,24 +176,13 @@ def test_roles_are_read_or_refused(pair):
 
 
 @pytest.mark.slow
-def test_date_that_changes_within_a_run(pair, smollm_folder, tmp_path):
-    """Two shards, scored on two days, have the first day's date."""
+def test_date_in_the_template_changes_scores(pair, smollm_folder, tmp_path):
     own = AutoTokenizer.from_pretrained(smollm_folder).chat_template
     template = tmp_path / "dated.jinja"
     template.write_text("<|im_start|>system\nToday Date: {{ strftime_now('%d %B %Y') }}<|im_end|>\n" + own)
-    options = {**pair, "gate": "none", "chat_template": str(template)}
-    scorer = DensityRatioScorer(**options, date="2026-11-29")
-    expected = [score.strong_logps for score in scorer.score(PROMPTS[:2], COMPLETIONS[:2])]
+    scorer = DensityRatioScorer(**pair, gate="none", chat_template=str(template), date="2026-11-29")
+    first, second = (scorer.score(PROMPTS[:2], COMPLETIONS[:2]) for _ in range(2))
+    assert first == second
     scorer.use_date(date(2026, 11, 30))
-    other = [score.strong_logps for score in scorer.score(PROMPTS[:2], COMPLETIONS[:2])]
-    assert max(abs(one - two) for one, two in zip(expected, other, strict=True)) > 1e-2
-    folder, weak = str(tmp_path / "out"), str(tmp_path / "weak")
-    pair["weak"].save_pretrained(weak)
-    pair["weak_tokenizer"].save_pretrained(weak)
-    config = CDRConfig(str(smollm_folder), weak, cdr_gate="none", cdr_chat_template=str(template))
-    data = Dataset.from_dict({"prompt": PROMPTS[:2], "completion": COMPLETIONS[:2]})
-    for shard, day in enumerate(("2026-11-29", None)):
-        arguments = ScoreArguments("rows", folder, shard_size=1, shard=f"{shard}/2")
-        score_file(arguments, replace(config, cdr_date=day), data=data)
-    rows = load_dataset(folder, split="train", cache_dir=str(tmp_path / "cache"))
-    assert [row["strong_logps"] for row in rows["score"]] == pytest.approx(expected, abs=2e-3)
+    other = scorer.score(PROMPTS[:2], COMPLETIONS[:2])
+    assert max(abs(one.strong_logps - two.strong_logps) for one, two in zip(first, other, strict=True)) > 1e-2
