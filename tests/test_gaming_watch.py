@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-from trl_cdr import CDRCallback, CDRReward, OnlinePreferenceConfig, OnlinePreferenceTrainer
+from trl_cdr import CDRCallback, CDRReward, Criteria, DomainCriteria, OnlinePreferenceConfig, OnlinePreferenceTrainer
 from trl_cdr.scoring.score import Score
 from trl_cdr.training.audit import audit
 from trl_cdr.training.gaming_watch import paid_best
@@ -183,6 +183,39 @@ def test_without_the_trainer(tmp_path, checkpoints, tokenizer, caplog):
     assert said.startswith("pair_reward: ")
     assert "cdr_gate" not in said
     assert reward._observers == []
+
+
+@pytest.mark.parametrize("name", ["grpo", "online_preference"])
+def test_early_unscorable_prompts_raise_no_alarm(name, tmp_path, checkpoints, tokenizer):
+    """Of a policy that does not change: half of the first 20 steps have nothing to score, and all later steps have."""
+    policy = llama(len(tokenizer), seed=2)
+    policy.config.eos_token_id = policy.generation_config.eos_token_id = tokenizer.eos_token_id
+    policy.generation_config.pad_token_id = tokenizer.pad_token_id
+
+    def router(prompt):
+        return "unknown" if prompt[-1]["content"].startswith("foreign") else "known"
+
+    criteria = Criteria({"known": DomainCriteria("be quick")})
+    pair = checkpoints["strong"], checkpoints["weak"]
+    reward = CDRReward(*pair, gate="none", on_gaming="stop", criteria=criteria, router=router)
+    config, kind = {
+        "grpo": (GRPOConfig, GRPOTrainer),
+        "online_preference": (OnlinePreferenceConfig, OnlinePreferenceTrainer),
+    }[name]
+    options = {**COMMON, "learning_rate": 0.0, "max_steps": 40, "logging_steps": 2, "per_device_train_batch_size": 2}
+    own = {"beta": 0.0} if name == "grpo" else {}
+    options |= {"max_completion_length": 4, "num_generations": 2, "shuffle_dataset": False, **own}
+    prompts = [*["foreign", "hello"] * 10, *["hello"] * 20]
+    data = Dataset.from_dict({"prompt": [chat(prompt) for prompt in prompts]})
+    args = config(str(tmp_path), **options)
+    trainer = kind(model=policy, args=args, reward_funcs=reward, processing_class=tokenizer, train_dataset=data)
+    trainer.add_callback(CDRCallback(reward, trainer))
+    trainer.train()
+    assert trainer.state.global_step == 40
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["cdr/unscorable"] for entry in logs] == [0.5] * 10 + [0.0] * 10
+    early, late = ([entry["cdr/strong_logps_per_token"] for entry in part] for part in (logs[:10], logs[10:]))
+    assert abs(sum(early) - sum(late)) / 10 < 1.0  # one policy
 
 
 def test_which_completions_are_shown():
