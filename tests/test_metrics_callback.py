@@ -159,11 +159,12 @@ def test_each_evaluation_set_has_its_own_metrics(name, tmp_path, checkpoints, po
     assert first > before
     expected = {"short": calls[first : first + 3], "long": calls[first + 3 :]}
     for key, part in expected.items():
-        [entry] = logs_of(trainer, f"eval_{key}_cdr/tokens")
-        tokens = statistics.fmean(score.n_tokens for score in scored_in(part))
-        assert entry[f"eval_{key}_cdr/tokens"] == pytest.approx(tokens)
+        name = f"eval_{key}_cdr/strong_logps"
+        [entry] = logs_of(trainer, name)
+        logps = statistics.fmean(score.strong_logps for score in scored_in(part))
+        assert entry[name] == pytest.approx(logps)
         if "eval_reward" in metrics:  # TRL 1.0 hands out a copy of its metrics before it adds GRPO's
-            assert metrics[f"eval_{key}_cdr/tokens"] == pytest.approx(tokens)
+            assert metrics[name] == pytest.approx(logps)
         assert f"eval_{key}_cdr/step_share" not in entry
     assert not [key for entry in logs_of(trainer) for key in entry if key.startswith("eval")]
 
@@ -194,7 +195,8 @@ def test_evaluation_does_not_count_in_training(tmp_path, checkpoints, policy, to
         both = trained[2 * number : 2 * number + 2]
         rewards = [value for call in both for value in call.rewards]
         assert entry["cdr/rewards/safety"] == pytest.approx(statistics.fmean(rewards))
-        assert entry["cdr/tokens"] == pytest.approx(statistics.fmean(score.n_tokens for score in scored_in(both)))
+        logps = statistics.fmean(score.strong_logps for score in scored_in(both))
+        assert entry["cdr/strong_logps"] == pytest.approx(logps)
 
 
 @pytest.mark.parametrize(
@@ -235,8 +237,8 @@ def test_second_run_of_a_trainer_starts_anew(tmp_path, checkpoints, policy, toke
     trainer.train()
     callbacks = [one for one in trainer.callback_handler.callbacks if isinstance(one, MetricsCallback)]
     assert len(callbacks) == 1
-    tokens = statistics.fmean(score.n_tokens for score in scored_in(calls[:2]))
-    assert logs_of(trainer)[0]["cdr/tokens"] == pytest.approx(tokens)
+    logps = statistics.fmean(score.strong_logps for score in scored_in(calls[:2]))
+    assert logs_of(trainer)[0]["cdr/strong_logps"] == pytest.approx(logps)
 
 
 def test_one_reward_in_two_trainers_logs_in_each(tmp_path, checkpoints, policy, tokenizer):
@@ -247,8 +249,8 @@ def test_one_reward_in_two_trainers_logs_in_each(tmp_path, checkpoints, policy, 
         trainer = make("grpo", tmp_path / run, reward, policy, tokenizer)
         trainer.train()
         for number, entry in enumerate(logs_of(trainer)):
-            tokens = statistics.fmean(score.n_tokens for score in scored_in(calls[2 * number : 2 * number + 2]))
-            assert entry["cdr/tokens"] == pytest.approx(tokens)
+            logps = statistics.fmean(score.strong_logps for score in scored_in(calls[2 * number : 2 * number + 2]))
+            assert entry["cdr/strong_logps"] == pytest.approx(logps)
         assert (tmp_path / run / "cdr_labeling.json").is_file()
 
 

@@ -163,6 +163,24 @@ def test_pair_is_loaded_with_the_trainers_dtype(checkpoints):
     assert source._dtype == "float32"
 
 
+def test_set_up_loads_the_pair_with_the_chosen_dtype(tmp_path, checkpoints, tokenizer, monkeypatch):
+    monkeypatch.setattr(CDRConfig, "choose_dtype", lambda self, args: "bfloat16" if args.max_steps == 1 else "auto")
+    reward = CDRReward(checkpoints["strong"], checkpoints["weak"])
+    make("grpo", tmp_path, reward, tokenizer).train()
+    assert reward.scorer.describe()["weak"]["dtype"] == "bfloat16"
+
+
+def test_use_trainer_before_the_first_call(tmp_path, checkpoints, tokenizer):
+    """All is known before anything is scored."""
+    reward = CDRReward(checkpoints["strong"], checkpoints["weak"])
+    trainer = make("online_dpo", tmp_path, reward, tokenizer)
+    reward.use_trainer(trainer)
+    assert reward.scorer.form.add_special_tokens == "false"
+    assert reward.scorer._policy is trainer.processing_class
+    assert reward.scorer._source._pair is not None
+    assert (tmp_path / "cdr_labeling.json").is_file()
+
+
 def test_prompts_are_compared_once_for_each_trainer(tmp_path, checkpoints, tokenizer, caplog):
     reward = CDRReward(checkpoints["strong"], checkpoints["weak"])
     other = byte_tokenizer()
