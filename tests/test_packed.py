@@ -258,3 +258,10 @@ def test_cost_of_a_prefix_that_is_not_kept_counts():
         for size in (len(layout.constant), len(layout.constant) - 1)
     ]
     assert counts[1] - counts[0] == len(layout.constant) > 0
+
+
+def test_load_check_leaves_no_keys():
+    """Its keys were made under short windows, and they take memory."""
+    lm = CausalLM(build_family("Mistral"), "strong")
+    assert lm.way() == ("packed", "")
+    assert not lm.keeps_prefixes
