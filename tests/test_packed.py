@@ -262,6 +262,7 @@ def test_cost_of_a_prefix_that_is_not_kept_counts():
 
 def test_load_check_leaves_no_keys():
     """Its keys were made under short windows, and they take memory."""
-    lm = CausalLM(build_family("Mistral"), "strong")
+    lm = CausalLM(build_family("Mistral"), "strong", prefix_cache_tokens=8192)
     assert lm.way() == ("packed", "")
     assert not lm.keeps_prefixes
+    assert lm._packed._held == {}
