@@ -146,8 +146,6 @@ def test_no_name_loses_metrics(name, prefix, tmp_path, checkpoints, tokenizer):
     ("name", "processes", "silent"),
     [
         ("online_dpo", 2, "no"),
-        ("grpo", 2, "no"),
-        ("online_dpo", 4, "yes"),
         ("grpo", 4, "yes"),
         ("online_preference", 2, "yes"),
     ],

@@ -1,14 +1,14 @@
-"""How the monitor's errors are counted, on runs that were made up, and on one that is recorded."""
+"""How the errors of the monitor are counted, on runs that were made up."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from test_monitor import COLLAPSE, HEALTHY, history
 
-from trl_cdr import ConfigError
-from trl_cdr.demo import alarms, gaming, models
+from trl_cdr import ConfigError, Score
+from trl_cdr.demo import alarms, gaming
 from trl_cdr.demo.parts import Parts
+from trl_cdr.training.metrics import Call
 
 
 def recorded(gold, entries, *, name="dpo", seed=5):
@@ -68,16 +68,24 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     assert lines[-1] == "| dpo, none, 2 | 0.50 0.70 0.20 | collapsing | 100 | none, none |"
 
 
-@pytest.mark.slow
 def test_a_run_is_recorded_once(tmp_path, monkeypatch):
+    """The training itself stands in test_demo_gaming."""
+
+    def train(setting, *, gate, seed, evaluations, observe):
+        assert (gate, seed) == ("none", 5)
+        for number in range(24):
+            score = Score(0.5, strong_logps=-2.0 - number, weak_logps=-2.5 - number, n_tokens=4)
+            observe(Call(["p"], ["a"], [[1, 2, 3, 4]], [score], [0.5], 0.1))
+        return {"steps": [2 * step for step in range(evaluations + 1)], "gold": [0.5] * (evaluations + 1)}
+
     monkeypatch.setattr(alarms, "RUNS", {"dpo": ("none",)})
-    made = gaming.make_settings()
-    monkeypatch.setattr(gaming, "make_settings", lambda: {name: replace(one, steps=24) for name, one in made.items()})
-    with models.one_thread(), models.quiet():
-        [outcome] = alarms.run_alarms(tmp_path, seeds=[5])
+    monkeypatch.setattr(gaming, "make_settings", lambda: {"dpo": None})
+    monkeypatch.setattr(gaming, "train", train)
+    [outcome] = alarms.run_alarms(tmp_path, seeds=[5])
     run = json.loads((tmp_path / "dpo-none-5.json").read_text())
     assert (len(run["calls"]), len(run["gold"]["gold"])) == (24, 13)
-    assert {"strong_logps", "weak_logps", "tokens"} <= set(run["calls"][0])
+    assert run["calls"][1]["strong_logps"] == [-3.0, 1]
     assert outcome.name == "dpo, none, 5"
+    assert outcome.alarms[1] is not None  # the cost rises by a quarter of a nat at each step
     monkeypatch.setattr(alarms, "record", lambda *_, **__: pytest.fail("what is there was trained again"))
     assert alarms.run_alarms(tmp_path, seeds=[5]) == [outcome]
