@@ -266,3 +266,21 @@ def test_load_check_leaves_no_keys():
     assert lm.way() == ("packed", "")
     assert not lm.keeps_prefixes
     assert lm._packed._held == {}
+
+
+def test_one_stem_is_held_at_a_time(monkeypatch):
+    """Keys of all long prompts together would not fit into memory."""
+    lm = CausalLM(build_family("Llama"), "strong")
+    lm.way()
+    run, held = lm._packed.run, []
+
+    def watch(*args):
+        logps = run(*args)
+        held.append(list(lm._packed._held))
+        return logps
+
+    monkeypatch.setattr(lm._packed, "run", watch)
+    lm.per_token_logps(Layout(LONG), token_budget=50)
+    stems = {ids for ids_held in held for ids in ids_held}
+    assert len(stems) == 2
+    assert all(len(ids_held) == 1 for ids_held in held)
