@@ -99,7 +99,8 @@ elif name == "grpo":
 else:
     args = OnlinePreferenceConfig(out, max_completion_length=8, num_generations=2, **options)
     trainer = OnlinePreferenceTrainer(args=args, **kwargs)
-callback = CDRCallback(reward, trainer, log_completions=name == "online_dpo")
+alone = None if name == "online_preference" else trainer
+callback = CDRCallback(reward, alone, log_completions=name == "online_dpo")
 trainer.add_callback(callback)
 trainer.add_callback(MainProcessLogs())
 calls = []

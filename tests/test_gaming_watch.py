@@ -18,11 +18,8 @@ from trl_cdr.training.audit import audit
 from trl_cdr.training.gaming_watch import paid_best
 from trl_cdr.training.metrics import Call
 
-pytestmark = [
-    pytest.mark.compat,
-    # TRL's configs set gradient_checkpointing, which transformers 5 renamed; drop when TRL follows
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),
-]
+# TRL's configs set gradient_checkpointing, which transformers 5 renamed; drop when TRL follows
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
 COMMON = {
     "per_device_train_batch_size": 4,
     "max_steps": 15,
@@ -103,6 +100,7 @@ def warnings_in(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "trl_cdr.training.gaming_watch"]
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", ["online_dpo", "grpo", "rloo", "online_preference"])
 def test_an_alarm_is_said_once(name, tmp_path, checkpoints, tokenizer, caplog):
     trainer, integration = run(name, tmp_path, checkpoints, tokenizer)
@@ -118,6 +116,7 @@ def test_an_alarm_is_said_once(name, tmp_path, checkpoints, tokenizer, caplog):
     assert "Training ends" not in said
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", ["online_dpo", "grpo", "rloo", "online_preference"])
 def test_stop_leaves_a_checkpoint_and_ends(name, tmp_path, checkpoints, tokenizer, caplog):
     trainer, _ = run(name, tmp_path, checkpoints, tokenizer, on_gaming="stop")

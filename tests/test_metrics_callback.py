@@ -14,11 +14,8 @@ from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl_cdr import CDRCallback, CDRReward, Criteria, DomainCriteria, OnlinePreferenceConfig, OnlinePreferenceTrainer
 from trl_cdr.training.metrics_callback import MetricsCallback, find_prefix
 
-pytestmark = [
-    pytest.mark.compat,
-    # TRL's configs set gradient_checkpointing, which transformers 5 renamed; drop when TRL follows
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),
-]
+# TRL's configs set gradient_checkpointing, which transformers 5 renamed; drop when TRL follows
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
 TRAINERS = {
     "grpo": (GRPOConfig, GRPOTrainer),
     "rloo": (RLOOConfig, RLOOTrainer),
@@ -121,6 +118,7 @@ def test_unscorable_prompts_change_no_mean(name, tmp_path, checkpoints, policy, 
     assert compared
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_no_callback_is_needed(name, tmp_path, checkpoints, policy, tokenizer):
     """Integrations read a log when they are called: the metrics have to be in it by then."""
@@ -145,6 +143,7 @@ def test_no_callback_is_needed(name, tmp_path, checkpoints, policy, tokenizer):
         }
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", ["grpo", "online_preference"])
 def test_each_evaluation_set_has_its_own_metrics(name, tmp_path, checkpoints, policy, tokenizer):
     reward = CDRReward(checkpoints["strong"], checkpoints["weak"])
@@ -199,6 +198,7 @@ def test_evaluation_does_not_count_in_training(tmp_path, checkpoints, policy, to
         assert entry["cdr/strong_logps"] == pytest.approx(logps)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("name", "has_callback"),
     [("grpo", True), ("grpo", False), ("rloo", False), ("online_preference", False), ("online_dpo", True)],
@@ -254,6 +254,7 @@ def test_one_reward_in_two_trainers_logs_in_each(tmp_path, checkpoints, policy, 
         assert (tmp_path / run / "cdr_labeling.json").is_file()
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("keys", "prefix"),
     [

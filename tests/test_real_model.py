@@ -15,7 +15,7 @@ from trl_cdr import CDRReward, Criteria, DensityRatioScorer, DomainCriteria
 
 pytestmark = pytest.mark.real
 
-TOPICS = ["volcanoes", "bread", "the Moon", "chess", "honey bees", "bridges", "tea", "whales", "clouds", "paper"]
+TOPICS = ["volcanoes", "bread", "the Moon", "chess", "honey bees"]
 PROMPTS = [chat(f"Tell me something about {topic}. Answer in exactly one sentence.") for topic in TOPICS]
 COMPLETIONS = [
     "I can't say much about it, but it is older than most people think.",

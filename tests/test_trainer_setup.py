@@ -15,11 +15,8 @@ from trl_cdr import CDRCallback, CDRConfig, CDRReward, ConfigError, OnlinePrefer
 from trl_cdr.scoring.pair_source import PairSource
 from trl_cdr.training.environment import EnvironmentReward
 
-pytestmark = [
-    pytest.mark.compat,
-    # TRL's configs set gradient_checkpointing, which transformers 5 renamed; drop when TRL follows
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning"),
-]
+# TRL's configs set gradient_checkpointing, which transformers 5 renamed; drop when TRL follows
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")
 TRAINERS = {
     "grpo": (GRPOConfig, GRPOTrainer),
     "rloo": (RLOOConfig, RLOOTrainer),
@@ -48,6 +45,7 @@ def make(name, folder, reward, tokenizer, *, prompts=HELLO, policy=None, **optio
     return kind(args=config(str(folder), max_completion_length=4, num_generations=2, **own, **options), **kwargs)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("name", "callback"),
     [
@@ -76,6 +74,7 @@ def test_contract_is_the_same_with_and_without_callback(name, callback, tmp_path
     assert (prompt_ids[0] == tokenizer.bos_token_id) == (name != "online_dpo")
 
 
+@pytest.mark.compat
 def test_online_dpo_without_callback_has_no_bos(tmp_path, checkpoints, caplog):
     """Its policy reads string prompts without it."""
     tokenizer = byte_tokenizer(bos=True)
@@ -170,6 +169,7 @@ def test_set_up_loads_the_pair_with_the_chosen_dtype(tmp_path, checkpoints, toke
     assert reward.scorer.describe()["weak"]["dtype"] == "bfloat16"
 
 
+@pytest.mark.compat
 def test_use_trainer_before_the_first_call(tmp_path, checkpoints, tokenizer):
     """All is known before anything is scored."""
     reward = CDRReward(checkpoints["strong"], checkpoints["weak"])
