@@ -289,8 +289,9 @@ class CDRReward:
         Args:
             rows (`list` or `None`): The data set's column `chat_template_kwargs`.
         """
-        variables = rows[0] if isinstance(rows, (list, tuple)) and rows else self.scorer.form.template_kwargs
-        if not rows or all(row == rows[0] for row in rows):
+        rows = list(rows) if isinstance(rows, (list, tuple)) else []
+        variables = rows[0] if rows else self.scorer.form.template_kwargs
+        if all(row == variables for row in rows):
             self.scorer.use_conversations(variables, self.scorer.form.tools, adds_bos=False)
         elif not self._has_warned:
             self._has_warned = True
