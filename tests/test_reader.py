@@ -200,3 +200,44 @@ def test_every_so_many_th_row(step, tmp_path):
             )
     assert len({share.fingerprint for share in [source, *shares]}) == step + 1
     assert every(open_source(tmp_path / "rows.jsonl"), step, start=0).fingerprint == shares[0].fingerprint
+
+
+@pytest.mark.parametrize("name", ["", " ", "\t"])
+def test_empty_name_raises(name, tmp_path, monkeypatch):
+    """An unset variable of a shell is not the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(lines())
+    with pytest.raises(InputError, match="an empty name. Give a .jsonl"):
+        open_source(name)
+    assert open_source(".").num_rows == len(ROWS)
+
+
+CSV = "prompt\na\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.jsonl": lines(), "b.csv": CSV}, r"a.jsonl \(JSONL or Parquet\), b.csv \(.csv\)"),
+        ({"a.jsonl": lines(), "b.json": json.dumps(ROWS)}, r"b.json \(.json\)"),
+        ({"a.jsonl.gz": "", "sub/b.json": json.dumps(ROWS, indent=1)}, r"b.json \(.json\)"),
+        ({"a.csv": CSV, "b.json": lines()}, r"a.csv \(.csv\), b.json \(.json\)"),
+        ({"train/a.jsonl": lines(), "train/b.csv": CSV}, "Pass one file, or a folder for each format"),
+    ],
+)
+def test_folder_of_several_formats_raises(files, message, tmp_path):
+    """Otherwise the rows of one of them would be lost."""
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        open_source(tmp_path)
+
+
+def test_metadata_beside_rows_is_not_another_format(tmp_path):
+    """An output folder has its options next to its rows, and a clone from the Hub has a card."""
+    files = {"a.jsonl": lines(), "options.json": json.dumps({"a": [1]}, indent=2), "README.md": "# Rows", "b.txt": "x"}
+    files |= {"one_line.json": '{"a": 1}\n', ".hidden.csv": CSV, "empty.json": ""}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert open_source(tmp_path).num_rows == len(ROWS)

@@ -137,13 +137,18 @@ def open_source(
         subset (`str`, *optional*): Which subset (configuration) of a data set on the Hub.
 
     Raises:
-        InputError: it can't be found or read.
+        InputError: it can't be found or read, its name is empty, or it is a folder with files of several formats.
         ConfigError: there is no such split.
     """
     if isinstance(source, (Dataset, Mapping)):
         return Source("the data set", (_Table(_pick(source, split, "the data set"), "the data set", 0),))
     name, path = str(source), Path(source).expanduser()
-    found = _find_files(path, split) if path.is_dir() and not _is_saved(path) else []
+    if not name.strip():  # an unset variable: it would be the current folder
+        raise InputError(f"input is {name!r}, an empty name. Give {_FORMS}.")
+    found: list[Path] = []
+    if path.is_dir() and not _is_saved(path):
+        _check_formats(path)
+        found = _find_files(path, split)
     if found:
         return _open_files(name, found)
     is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.name.endswith((*_DATA, *_BUILDERS))
@@ -356,12 +361,45 @@ def _is_saved(folder: Path) -> bool:
     return any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
 
 
+def _visible_files(folder: Path) -> list[Path]:
+    """All files below a folder, but none that is hidden, or in a hidden folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _check_formats(folder: Path) -> None:
+    """
+    Raises:
+        InputError: a folder has CSV or JSON files beside files of another format: some of them would not be read.
+    """
+    by_format: dict[str, str] = {}
+    for path in _visible_files(folder):
+        if path.name.endswith(_DATA):
+            by_format.setdefault("JSONL or Parquet", path.name)
+        elif path.suffix == ".csv" or (path.suffix == ".json" and _holds_rows(path)):
+            by_format.setdefault(path.suffix, path.name)
+    if len(by_format) > 1:
+        examples = ", ".join(f"{name} ({kind})" for kind, name in by_format.items())
+        raise InputError(
+            f"{str(folder)!r} has files of several formats: {examples}. A folder is read as one format, and the other "
+            "files would be lost. Pass one file, or a folder for each format."
+        )
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether a `.json` file has rows: a list, or an object on each line. One object alone is metadata."""
+    with path.open("rb") as file:
+        first = next((line for line in file if not line.isspace()), b"").lstrip(b"\xef\xbb\xbf \t")
+        has_more = any(not line.isspace() for line in file)
+    return first.startswith(b"[") or (has_more and first.rstrip().endswith(b"}"))
+
+
 def _find_files(folder: Path, split: str) -> list[Path]:
     """A folder's files of one split that we read ourselves; all of them where no name says which split it is."""
     names = {
         path: {*re.split("[^a-z]+", str(path.relative_to(folder)).lower())}
-        for path in sorted(folder.rglob("*"))
-        if path.name.endswith(_DATA) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        for path in _visible_files(folder)
+        if path.name.endswith(_DATA)
     }
     found = [path for path, words in names.items() if split.lower() in words]
     if found:
