@@ -184,7 +184,8 @@ def test_what_is_printed_and_written(run, tmp_path, capsys):
 
 def test_published_sets_have_their_scores(run, tmp_path, capsys):
     subsets = ["alpacaeval-easy", "mt-bench-med", "math-prm", "hep-go"]
-    content = [{**row, "prompt": "what?", "subset": subsets[place % 4]} for place, row in enumerate(rows())]
+    own = {"prompt": "what?", "domain": None}
+    content = [{**row, **own, "subset": subsets[place % 4]} for place, row in enumerate(rows())]
     second = []
     for place in range(3):
         one = {"prompt": f"what is {WORDS[place]}", "rejected": [say(place + 4 * n, 4) for n in range(1, 4)]}
@@ -192,16 +193,20 @@ def test_published_sets_have_their_scores(run, tmp_path, capsys):
         second.append({**one, "id": f"ref:{place}", "subset": "Ties", "chosen": [say(place, 3)]})
         second.append({**one, "id": f"tied:{place}", "subset": "Ties", "chosen": [say(place, 3), say(place + 2, 2)]})
     (tmp_path / "second.jsonl").write_text("".join(json.dumps(row) + "\n" for row in second))
-    found = run(content, "--data", str(tmp_path / "rows.jsonl"), str(tmp_path / "second.jsonl"))
+    found = run(content, "--benchmark", "allenai/reward-bench")
     written = read(tmp_path / "out" / "rows.jsonl")
     scores = found["judges"]["plain"]["sum"]["benchmarks"]
-    assert list(found["judges"]["plain"]["sum"]["domains"]) == ["Chat", "Math", "Reasoning", "Ties"]
-
-    earned = [row["results"] for row in written[:12]]
+    assert list(found["judges"]["plain"]["sum"]["domains"]) == ["Chat", "Reasoning"]
+    earned = [row["results"] for row in written]
     accuracies = {name: sum(earned[place::4]) / 3 for place, name in enumerate(subsets)}
     assert scores["allenai/reward-bench"] == pytest.approx(REWARD_BENCH.score(accuracies))
 
-    by_subset = {name: [row for row in written[12:] if row["subset"] == name] for name in ("Math", "Ties")}
+    named = ("--benchmark", "allenai/reward-bench-2")
+    found = run(content, "--data", str(tmp_path / "second.jsonl"), *named)
+    scores = found["judges"]["plain"]["sum"]["benchmarks"]
+    assert list(found["judges"]["plain"]["sum"]["domains"]) == ["Math", "Ties"]
+    written = read(tmp_path / "out" / "rows.jsonl")
+    by_subset = {name: [row for row in written if row["subset"] == name] for name in ("Math", "Ties")}
     math = sum(row["scores_chosen"] > max(row["scores_rejected"]) for row in by_subset["Math"]) / 3
     sides = [(row["id"], row["scores_chosen"], row["scores_rejected"]) for row in by_subset["Ties"]]
     ties = ties_score([(id, [right] if isinstance(right, float) else right, wrong) for id, right, wrong in sides])

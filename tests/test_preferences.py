@@ -43,10 +43,27 @@ def test_the_forms_of_a_row(read):
 
 
 def test_published_sets_are_conversations_in_sections(read):
-    [one], _ = read({**GOOD, "subset": "donotanswer", "id": 3}, name="copy.jsonl")
-    assert (one.prompt, one.domain, one.benchmark) == (chat("why?"), "Safety", "allenai/reward-bench")
-    [one], _ = read({**GOOD, "subset": "hh"}, name="copy.jsonl")
-    assert (one.prompt, one.domain, one.benchmark) == ("why?", "hh", None)
+    rows = (
+        {**GOOD, "subset": "donotanswer", "id": 3},
+        {**GOOD, "subset": "hh"},
+        {**GOOD, "subset": "Focus", "domain": "x"},
+    )
+    found, _ = read(*rows, name="copy.jsonl", benchmark="allenai/reward-bench")
+    assert [one.domain for one in found] == ["Safety", "hh", "x"]  # a row's own domain has priority
+    assert {one.benchmark for one in found} == {"allenai/reward-bench"}
+    assert all(one.prompt == chat("why?") for one in found)
+
+
+def test_own_set_with_subsets_of_a_benchmark_is_not_the_benchmark(read, caplog):
+    """Math and Safety are names that anybody may use."""
+    rows = {**GOOD, "subset": "Math", "domain": "algebra"}, {**GOOD, "subset": "Safety"}
+    found, _ = read(*rows, name="mine.jsonl")
+    assert [(one.domain, one.benchmark) for one in found] == [("algebra", None), ("Safety", None)]
+    assert "mine.jsonl has subsets of allenai/reward-bench-2" in caplog.text
+    assert "pass benchmark=allenai/reward-bench-2" in caplog.text
+    caplog.clear()
+    read({**GOOD, "subset": "mine"}, name="mine.jsonl")
+    assert not caplog.text
 
 
 def test_the_column_for_criteria(read):

@@ -9,6 +9,7 @@ from trl_cdr.annotation.rewardbench import (
     REWARD_BENCH_2,
     credit,
     find_benchmark,
+    looks_like,
     selftest,
     ties_score,
 )
@@ -59,11 +60,12 @@ def test_ties_by_hand():
     assert ties_score(even) == pytest.approx(1.01)
 
 
-def test_a_set_is_known_by_its_name_or_its_subsets():
-    assert find_benchmark("allenai/reward-bench-2", {"None"}) is REWARD_BENCH_2
-    assert find_benchmark("copy.jsonl", {"Math", "Ties"}) is REWARD_BENCH_2
-    assert find_benchmark("copy.jsonl", {"hep-go", "shp"}) is REWARD_BENCH
-    assert find_benchmark("mine.jsonl", {"hep-go", "hh-harmless"}) is None
-    assert find_benchmark("mine.jsonl", set()) is None
+def test_a_set_is_known_by_its_name():
+    assert find_benchmark("allenai/reward-bench-2") is REWARD_BENCH_2
+    assert find_benchmark("copy.jsonl") is None
+    assert looks_like({"Math", "Ties"}) is REWARD_BENCH_2
+    assert looks_like({"hep-go", "shp"}) is REWARD_BENCH
+    assert looks_like({"hep-go", "hh-harmless"}) is None
+    assert looks_like(set()) is None
     assert REWARD_BENCH.section_of("donotanswer") == "Safety"
     assert REWARD_BENCH.section_of("anthropic_harmless") == "anthropic_harmless"

@@ -19,7 +19,7 @@ from .labels import read_labels
 from .passes import Passes
 from .preferences import Preference, draw, read_preferences
 from .reader import BadRow, OnBadRow, check_on_bad_row, open_source
-from .rewardbench import BENCHMARKS, selftest
+from .rewardbench import BENCHMARKS, find_benchmark, selftest
 from .score_folder import write_json
 
 
@@ -39,6 +39,13 @@ class PreferenceArguments:
             "allenai/reward-bench-2 are counted by their own rules as well."
         }
     )
+    benchmark: str | None = field(
+        default=None,
+        metadata={
+            "help": "The published set that the files of data hold: allenai/reward-bench or allenai/reward-bench-2. "
+            "Default: none. A set that is named as on the Hub is known."
+        },
+    )
     split: str = field(default="train", metadata={"help": "Which split of what has several; RewardBench's is known."})
     pairs: int | None = field(
         default=None,
@@ -57,6 +64,9 @@ class PreferenceArguments:
             self.data = [self.data]
         if self.pairs is not None and self.pairs < 1:
             raise ConfigError(f"pairs is {self.pairs}: it counts pairs. Use 1 or more, or leave it out.")
+        if self.benchmark is not None and find_benchmark(self.benchmark) is None:
+            names = " or ".join(benchmark.name for benchmark in BENCHMARKS)
+            raise ConfigError(f"benchmark is {self.benchmark!r}, which is not known. Use {names}.")
         check_on_bad_row(self.on_bad_row)
 
     def read(self, config: CDRConfig) -> tuple[list[Preference], list[BadRow]]:
@@ -76,7 +86,9 @@ class PreferenceArguments:
         bad: list[BadRow] = []
         for name in self.data:
             source = open_source(name, split=own.get(name, self.split), subset=None)
-            preferences, refused = read_preferences(source, on_bad_row=self.on_bad_row, column=column)
+            preferences, refused = read_preferences(
+                source, on_bad_row=self.on_bad_row, column=column, benchmark=self.benchmark
+            )
             found += preferences
             bad += refused
         return (found if self.pairs is None else draw(found, self.pairs, seed=config.cdr_seed)), bad

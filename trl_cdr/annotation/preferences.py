@@ -7,6 +7,7 @@ them. `rewardbench` knows the subsets of the published sets, `evaluate` counts.
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,9 @@ from ..scoring.completions import read_completion
 from ..scoring.string_prompts import as_turn
 from ..scoring.types import Prompt, Unscorable, shorten
 from .reader import BadRow, OnBadRow, Row, Source, read_rows
-from .rewardbench import Benchmark, find_benchmark
+from .rewardbench import Benchmark, find_benchmark, looks_like
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +57,16 @@ class Preference:
 
 
 def read_preferences(
-    source: Source, *, on_bad_row: OnBadRow = "raise", column: str | None = None
+    source: Source, *, on_bad_row: OnBadRow = "raise", column: str | None = None, benchmark: str | None = None
 ) -> tuple[list[Preference], list[BadRow]]:
     """
     Read a preference set.
 
     Args:
-        source (`Source`): See `open_source`. Where it is a published set (`rewardbench`), that set's sections are the
-            domains, and prompts that are strings are a user's turn.
+        source (`Source`): See `open_source`.
+        benchmark (`str`, *optional*): Name of the published set (`rewardbench`) that the source is. Default: known by
+            the source's name on the Hub. Rows without a domain get the set's section, and prompts that are strings are
+            a user's turn.
         on_bad_row (`str`, *optional*, defaults to `"raise"`): Or `"skip"`.
         column (`str`, *optional*, defaults to `"domain"`): Which names the domain for the criteria.
 
@@ -71,13 +76,17 @@ def read_preferences(
     Raises:
         InputError: a row is bad; not with `"skip"`.
     """
-    subsets = {str(row.fields.get("subset")) for row in source.read() if isinstance(row, Row)}
-    read = partial(
-        _read,
-        name=Path(source.name).name.split(".")[0],
-        benchmark=find_benchmark(source.name, subsets),
-        column=column or "domain",
-    )
+    known = find_benchmark(source.name) or find_benchmark(benchmark or "")
+    if known is None:
+        subsets = {str(row.fields.get("subset")) for row in source.read() if isinstance(row, Row)}
+        if (alike := looks_like(subsets)) is not None:
+            logger.warning(
+                "%s has subsets of %s, and is counted as any other set. If it is that benchmark, pass benchmark=%s.",
+                source.name,
+                alike.name,
+                alike.name,
+            )
+    read = partial(_read, name=Path(source.name).name.split(".")[0], benchmark=known, column=column or "domain")
 
     def check(fields: Mapping[str, Any]) -> str | None:
         try:
@@ -136,7 +145,7 @@ def _read(row: Mapping[str, Any], id: str, *, name: str, benchmark: Benchmark | 
         chosen=chosen,
         rejected=rejected,
         subset=subset,
-        domain=str(row.get("domain") or subset) if benchmark is None else benchmark.section_of(subset),
+        domain=str(row.get("domain") or (subset if benchmark is None else benchmark.section_of(subset))),
         criteria_domain=None if said is None else str(said),
         is_labelled=is_labelled,
         on_policy=bool(row.get("on_policy")),

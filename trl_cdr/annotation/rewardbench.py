@@ -1,7 +1,7 @@
 """RewardBench and RewardBench 2: their subsets and sections, and the rules that make one score of them. Pure.
 
 Written from their papers (arXiv 2403.13787, 2506.01937), data cards and scripts (allenai/reward-bench). A set is known
-by its name on the Hub, or by its subsets' names where it lies in a file. `evaluate` has the accuracies.
+by its name on the Hub; for a file the user names it. `evaluate` has the accuracies.
 """
 
 import math
@@ -96,18 +96,17 @@ REWARD_BENCH_2 = Benchmark(
 BENCHMARKS = (REWARD_BENCH, REWARD_BENCH_2)
 
 
-def find_benchmark(name: str, subsets: Collection[str]) -> Benchmark | None:
-    """
-    The published set that a data set is.
+def find_benchmark(name: str) -> Benchmark | None:
+    """Return the published set with this name on the Hub; `None` if there is none."""
+    return next((benchmark for benchmark in BENCHMARKS if benchmark.name == name), None)
 
-    Args:
-        name (`str`): Its name or path.
-        subsets (`Collection[str]`): What its rows name; all of them have to be the published set's.
+
+def looks_like(subsets: Collection[str]) -> Benchmark | None:
     """
-    for benchmark in BENCHMARKS:
-        if name == benchmark.name or (subsets and benchmark.subsets.issuperset(subsets)):
-            return benchmark
-    return None
+    Return the published set that has all of these subsets, for a hint. Names alone prove nothing: a user's own set may
+    have the subsets Math and Safety.
+    """
+    return next((benchmark for benchmark in BENCHMARKS if subsets and benchmark.subsets.issuperset(subsets)), None)
 
 
 def credit(chosen: Sequence[float], rejected: Sequence[float]) -> float:
