@@ -5,8 +5,9 @@ import json
 import pytest
 from tiny import answer, chat
 
-from trl_cdr import InputError
-from trl_cdr.annotation.preferences import draw, read_preferences
+from trl_cdr import CDRConfig, ConfigError, InputError
+from trl_cdr.annotation.evaluate_files import PreferenceArguments
+from trl_cdr.annotation.preferences import draw, name_sets, read_preferences
 from trl_cdr.annotation.reader import open_source
 
 GOOD = {"prompt": "why?", "chosen": "so", "rejected": "no"}
@@ -112,3 +113,37 @@ def test_some_are_drawn_evenly_over_the_subsets(read):
     assert set(draw(found, 6, seed=0)) < set(some)
     assert draw(found, 12, seed=1) != some
     assert draw(found, 99, seed=0) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["helpful/test.jsonl", "harmless/test.jsonl"], ["helpful/test", "harmless/test"]),
+        (["d.v1.jsonl", "d.v2.jsonl.gz"], ["d.v1", "d.v2"]),
+        (["x/y/a.csv", "z/y/a.csv", "b.csv"], ["x/y/a", "z/y/a", "b"]),
+        (["a.json", "a.jsonl"], ["a.json", "a.jsonl"]),
+        (["allenai/reward-bench", "mine.parquet"], ["reward-bench", "mine"]),
+        ([], []),
+    ],
+)
+def test_name_sets_tells_sets_apart(names, expected):
+    assert name_sets(names) == expected
+
+
+def test_sets_of_one_stem_are_not_pooled(tmp_path):
+    for folder, answer_text in (("helpful", "so"), ("harmless", "thus")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text(json.dumps({**GOOD, "chosen": answer_text}) + "\n")
+    files = [str(tmp_path / folder / "test.jsonl") for folder in ("helpful", "harmless")]
+    found, _ = PreferenceArguments(files).read(CDRConfig("a", "b"))
+    assert [one.subset for one in found] == ["helpful/test", "harmless/test"]
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_same_rows_twice_raise(copied, tmp_path):
+    """They would count double."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps(GOOD) + "\n")
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / ("b.jsonl" if copied else "a.jsonl"))]
+    with pytest.raises(ConfigError, match="with the same rows, which would count twice. Pass one of them"):
+        PreferenceArguments(files).read(CDRConfig("a", "b"))

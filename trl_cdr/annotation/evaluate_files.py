@@ -17,7 +17,7 @@ from .evaluate import Evaluation, evaluate
 from .evaluate_report import draw_evaluation, print_evaluation, write_markdown
 from .labels import read_labels
 from .passes import Passes
-from .preferences import Preference, draw, read_preferences
+from .preferences import Preference, draw, name_sets, read_preferences
 from .reader import BadRow, OnBadRow, check_on_bad_row, open_source
 from .rewardbench import BENCHMARKS, find_benchmark, selftest
 from .score_folder import write_json
@@ -77,17 +77,24 @@ class PreferenceArguments:
             config (`CDRConfig`): Its router may read a column; its seed draws.
 
         Raises:
-            InputError, ConfigError: see `open_source` and `read_preferences`.
+            InputError, ConfigError: see `open_source` and `read_preferences`; two sets have the same rows.
         """
         own = {benchmark.name: benchmark.split for benchmark in BENCHMARKS}
         router = str(config.cdr_router)
         column = router.removeprefix("column:").strip() if router.startswith("column:") else None
+        for name in self.data:
+            if self.data.count(name) > 1:
+                raise _same_rows(name, name)
         found: list[Preference] = []
         bad: list[BadRow] = []
-        for name in self.data:
+        seen: dict[str, str] = {}
+        for name, short in zip(self.data, name_sets(self.data), strict=True):
             source = open_source(name, split=own.get(name, self.split), subset=None)
+            if source.num_rows and source.fingerprint in seen:
+                raise _same_rows(seen[source.fingerprint], name)
+            seen[source.fingerprint] = name
             preferences, refused = read_preferences(
-                source, on_bad_row=self.on_bad_row, column=column, benchmark=self.benchmark
+                source, on_bad_row=self.on_bad_row, column=column, benchmark=self.benchmark, name=short
             )
             found += preferences
             bad += refused
@@ -96,6 +103,10 @@ class PreferenceArguments:
     def open_passes(self) -> Passes:
         """Where tables are kept."""
         return Passes(None if self.cache_dir is None else Path(self.cache_dir).expanduser())
+
+
+def _same_rows(first: str, second: str) -> ConfigError:
+    return ConfigError(f"data has {first} and {second} with the same rows, which would count twice. Pass one of them.")
 
 
 @dataclass

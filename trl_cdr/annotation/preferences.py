@@ -8,6 +8,7 @@ them. `rewardbench` knows the subsets of the published sets, `evaluate` counts.
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any
 from ..scoring.completions import read_completion
 from ..scoring.string_prompts import as_turn
 from ..scoring.types import Prompt, Unscorable, shorten
-from .reader import BadRow, OnBadRow, Row, Source, read_rows
+from .reader import FORMATS, BadRow, OnBadRow, Row, Source, read_rows
 from .rewardbench import Benchmark, find_benchmark, looks_like
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,12 @@ class Preference:
 
 
 def read_preferences(
-    source: Source, *, on_bad_row: OnBadRow = "raise", column: str | None = None, benchmark: str | None = None
+    source: Source,
+    *,
+    on_bad_row: OnBadRow = "raise",
+    column: str | None = None,
+    benchmark: str | None = None,
+    name: str | None = None,
 ) -> tuple[list[Preference], list[BadRow]]:
     """
     Read a preference set.
@@ -67,6 +73,7 @@ def read_preferences(
         benchmark (`str`, *optional*): Name of the published set (`rewardbench`) that the source is. Default: known by
             the source's name on the Hub. Rows without a domain get the set's section, and prompts that are strings are
             a user's turn.
+        name (`str`, *optional*): Subset of rows without one. Default: see `name_sets`.
         on_bad_row (`str`, *optional*, defaults to `"raise"`): Or `"skip"`.
         column (`str`, *optional*, defaults to `"domain"`): Which names the domain for the criteria.
 
@@ -86,7 +93,8 @@ def read_preferences(
                 alike.name,
                 alike.name,
             )
-    read = partial(_read, name=Path(source.name).name.split(".")[0], benchmark=known, column=column or "domain")
+    [own_name] = name_sets([source.name])
+    read = partial(_read, name=name or own_name, benchmark=known, column=column or "domain")
 
     def check(fields: Mapping[str, Any]) -> str | None:
         try:
@@ -100,6 +108,35 @@ def read_preferences(
     bad: list[BadRow] = []
     rows = read_rows(source, check=check, on_bad_row=on_bad_row, bad=bad)
     return [read(row.fields, f"{source.name}:{row.index}") for row in rows], bad
+
+
+def name_sets(names: Sequence[str]) -> list[str]:
+    """
+    Return short names for sets, all different: the name of the file or folder, without its format. If several have the
+    same name, their folders are added (`helpful/test`, `harmless/test`), or at last the format.
+
+    Args:
+        names (`Sequence[str]`): Paths, or names on the Hub; all different.
+    """
+    parts = [(*Path(name).parts[:-1], _without_format(Path(name).name)) for name in names]
+    depths = [1] * len(names)
+    while True:
+        short = ["/".join(part[-depth:]) for part, depth in zip(parts, depths, strict=True)]
+        counts = Counter(short)
+        clashing = [index for index, name in enumerate(short) if counts[name] > 1]
+        longer = [index for index in clashing if depths[index] < len(parts[index])]
+        if not longer:
+            break
+        for index in longer:
+            depths[index] += 1
+    for index in clashing:
+        short[index] = names[index]
+    return short
+
+
+def _without_format(name: str) -> str:
+    ending = next((ending for ending in FORMATS if name.endswith(ending)), "")
+    return name.removesuffix(ending) or name
 
 
 def draw(preferences: Sequence[Preference], most: int, *, seed: int) -> list[Preference]:

@@ -32,7 +32,9 @@ _BATCH = 1000  # rows
 _BUILDERS = {".json": "json", ".csv": "csv"}
 _DATA = (".jsonl", ".jsonl.gz", ".parquet")
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
-_FORMS = f"a {', '.join([*_DATA, *_BUILDERS])} file, a folder or a name on the Hub"
+FORMATS = (*_DATA, *_BUILDERS)
+"""Endings of the files that can be read."""
+_FORMS = f"a {', '.join(FORMATS)} file, a folder or a name on the Hub"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ def open_source(
         found = _find_files(path, split)
     if found:
         return _open_files(name, found)
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.name.endswith((*_DATA, *_BUILDERS))
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.name.endswith(FORMATS)
     if is_path and not path.exists():
         raise InputError(f"input is {name!r}, which can't be read: no such file exists. Give {_FORMS}.")
     if path.is_file() and path.suffix not in _BUILDERS:
