@@ -82,16 +82,16 @@ class PreferenceArguments:
         own = {benchmark.name: benchmark.split for benchmark in BENCHMARKS}
         router = str(config.cdr_router)
         column = router.removeprefix("column:").strip() if router.startswith("column:") else None
-        for name in self.data:
-            if self.data.count(name) > 1:
-                raise _same_rows(name, name)
         found: list[Preference] = []
         bad: list[BadRow] = []
         seen: dict[str, str] = {}
         for name, short in zip(self.data, name_sets(self.data), strict=True):
             source = open_source(name, split=own.get(name, self.split), subset=None)
             if source.num_rows and source.fingerprint in seen:
-                raise _same_rows(seen[source.fingerprint], name)
+                raise ConfigError(
+                    f"data has {seen[source.fingerprint]} and {name} with the same rows, which would count twice. Pass "
+                    "one of them."
+                )
             seen[source.fingerprint] = name
             preferences, refused = read_preferences(
                 source, on_bad_row=self.on_bad_row, column=column, benchmark=self.benchmark, name=short
@@ -103,10 +103,6 @@ class PreferenceArguments:
     def open_passes(self) -> Passes:
         """Where tables are kept."""
         return Passes(None if self.cache_dir is None else Path(self.cache_dir).expanduser())
-
-
-def _same_rows(first: str, second: str) -> ConfigError:
-    return ConfigError(f"data has {first} and {second} with the same rows, which would count twice. Pass one of them.")
 
 
 @dataclass

@@ -70,12 +70,12 @@ def read_preferences(
 
     Args:
         source (`Source`): See `open_source`.
+        on_bad_row (`str`, *optional*, defaults to `"raise"`): Or `"skip"`.
+        column (`str`, *optional*, defaults to `"domain"`): Which names the domain for the criteria.
         benchmark (`str`, *optional*): Name of the published set (`rewardbench`) that the source is. Default: known by
             the source's name on the Hub. Rows without a domain get the set's section, and prompts that are strings are
             a user's turn.
         name (`str`, *optional*): Subset of rows without one. Default: see `name_sets`.
-        on_bad_row (`str`, *optional*, defaults to `"raise"`): Or `"skip"`.
-        column (`str`, *optional*, defaults to `"domain"`): Which names the domain for the criteria.
 
     Returns:
         `tuple`: The preferences, and the bad rows.
@@ -93,8 +93,7 @@ def read_preferences(
                 alike.name,
                 alike.name,
             )
-    [own_name] = name_sets([source.name])
-    read = partial(_read, name=name or own_name, benchmark=known, column=column or "domain")
+    read = partial(_read, name=name or name_sets([source.name])[0], benchmark=known, column=column or "domain")
 
     def check(fields: Mapping[str, Any]) -> str | None:
         try:
@@ -112,11 +111,11 @@ def read_preferences(
 
 def name_sets(names: Sequence[str]) -> list[str]:
     """
-    Return short names for sets, all different: the name of the file or folder, without its format. If several have the
+    Return short names that tell sets apart: the name of the file or folder, without its format. If several have the
     same name, their folders are added (`helpful/test`, `harmless/test`), or at last the format.
 
     Args:
-        names (`Sequence[str]`): Paths, or names on the Hub; all different.
+        names (`Sequence[str]`): Paths, or names on the Hub. Equal names stay equal.
     """
     parts = [(*Path(name).parts[:-1], _without_format(Path(name).name)) for name in names]
     depths = [1] * len(names)

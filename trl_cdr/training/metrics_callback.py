@@ -71,8 +71,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        prefix = None if logs is None else find_prefix(logs)
-        if logs is None or prefix is None:
+        if logs is None or (prefix := find_prefix(logs)) is None:
             return
         mode = "eval" if prefix else "train"
         name = self.reward.config.cdr_name
